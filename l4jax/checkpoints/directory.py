@@ -1,0 +1,124 @@
+"""One way in and out, whatever the format: a directory is detected by the files in it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args
+
+from l4jax.checkpoints import huggingface, orbax
+from l4jax.config import Execution, TextConfig
+from l4jax.models.llama4 import Llama
+
+Format = Literal["orbax", "hf"]
+_DTYPES = ("float32", "bfloat16")
+
+
+def detect(path: str | os.PathLike[str]) -> tuple[pathlib.Path, Format]:
+    """The directory and the format of the checkpoint in it.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or no checkpoint in it.
+    """
+    directory = pathlib.Path(path)
+    if not directory.exists():
+        raise FileNotFoundError(f"{directory}: no such directory")
+    if not directory.is_dir():
+        raise NotADirectoryError(f"{directory}: a checkpoint is a directory, this is a file")
+    if (directory / orbax.MARKER).exists():
+        return directory, "orbax"
+    if (directory / "config.json").exists():
+        return directory, "hf"
+    raise FileNotFoundError(
+        f"{directory}: no checkpoint: neither {orbax.MARKER} (ours) nor config.json (Hugging Face)"
+    )
+
+
+def read_config(path: str | os.PathLike[str]) -> TextConfig:
+    """The architecture of a checkpoint, without its parameters; raises as `load` does."""
+    directory, kind = detect(path)
+    if kind == "orbax":
+        return orbax.read_config(directory)
+    return huggingface.read_config(directory / "config.json")[0]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    execution: Execution | None = None,
+) -> Llama:
+    """The model in a directory, sharded on the current mesh (`sharding.use`) as it is read.
+
+    Args:
+        path: a Hugging Face directory (Llama 4, with or without vision, of which the text part is
+            loaded; Llama 3) or one that `save` wrote.
+        dtype: of the parameters; as stored by default.
+        execution: how the model computes; by default in `dtype`, or float32 if that is not given.
+
+    Raises:
+        FileNotFoundError: the directory or one of its files is missing.
+        ValueError: the checkpoint is damaged, incomplete, of another architecture, or has a
+            configuration field that might matter and is unknown. The message names it.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} must be one of {', '.join(_DTYPES)}")
+    directory, kind = detect(path)
+    execution = execution or dataclasses.replace(Execution(), dtype=dtype or "float32")
+    reader = orbax if kind == "orbax" else huggingface
+    return reader.load(directory, dtype=dtype, execution=execution)
+
+
+def save(
+    model: Llama,
+    path: str | os.PathLike[str],
+    *,
+    to: Format,
+    max_shard_bytes: int = 5_000_000_000,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model as a new directory, which appears whole or not at all.
+
+    Args:
+        model: parameters keep their type.
+        path: must not exist, or be an empty directory.
+        to: "orbax", or "hf" for safetensors that transformers loads.
+        max_shard_bytes: size at which a new safetensors file begins.
+        extra: further fields of Hugging Face's config.json, such as token ids.
+
+    Raises:
+        FileExistsError: something is already there.
+        ValueError: the format is unknown or cannot describe the model.
+    """
+    if to not in get_args(Format):
+        raise ValueError(f"format {to!r} must be one of {', '.join(get_args(Format))}")
+    with new_directory(path) as directory:
+        if to == "orbax":
+            orbax.save(model, directory)
+        else:
+            huggingface.save(model, directory, max_shard_bytes=max_shard_bytes, extra=extra)
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A directory to fill; it takes its real name when the block ends without an error.
+
+    Raises:
+        FileExistsError: there is already something at `path`.
+    """
+    final = pathlib.Path(path).absolute()
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise FileExistsError(f"{final}: already exists and is not empty")
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,86 @@
+"""A model from and to our own directory: `l4jax.json` beside an Orbax checkpoint of the parameters.
+
+Plain Orbax restores `parameters/` by itself, onto any mesh: a nested dict of arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from l4jax import sharding
+from l4jax.checkpoints.safetensors import write_json
+from l4jax.config import Execution, TextConfig, from_json
+from l4jax.models.llama4 import Llama
+
+MARKER = "l4jax.json"
+_FORMAT = 1
+
+
+def read_config(directory: pathlib.Path) -> TextConfig:
+    """The architecture in a directory of ours.
+
+    Raises:
+        ValueError: the marker file is not ours, or of a newer format.
+    """
+    file = directory / MARKER
+    try:
+        values = json.loads(file.read_text())
+        number, config = values["format"], values["config"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not a valid marker: {error!r}") from None
+    if number != _FORMAT:
+        raise ValueError(f"{file}: format {number}; this version of l4jax reads format {_FORMAT}")
+    try:
+        return from_json(TextConfig, config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution) -> Llama:
+    """The model in a directory; see `checkpoints.load` for the arguments."""
+    config = read_config(directory)
+    scanned = json.loads((directory / MARKER).read_text())["scanned"]
+    stored = dataclasses.replace(execution, scan=scanned)
+    model = nnx.eval_shape(lambda: Llama(config, execution=stored, rngs=nnx.Rngs(0)))
+    graph, abstract = nnx.split(model)
+    layout = nnx.to_pure_dict(sharding.shardings(abstract))
+    there = ocp.metadata(directory / "parameters").metadata
+    wanted = jax.tree.map(
+        lambda param, place, saved: jax.ShapeDtypeStruct(
+            param.shape, jnp.dtype(dtype or saved.dtype), sharding=place
+        ),
+        nnx.to_pure_dict(abstract),
+        layout,
+        _same_keys(there),
+    )
+    values = ocp.load(directory / "parameters", wanted)
+    nnx.replace_by_pure_dict(abstract, values)
+    return nnx.merge(graph, abstract)
+
+
+def save(model: Llama, directory: pathlib.Path) -> None:
+    """Writes the parameters and, last of all, the marker into an existing directory."""
+    ocp.save(directory.absolute() / "parameters", nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    marker = {
+        "format": _FORMAT,
+        "scanned": model.periods > 0,
+        "config": dataclasses.asdict(model.config),
+    }
+    write_json(directory / MARKER, marker)
+
+
+def _same_keys(tree: object) -> object:
+    """Orbax returns list positions as strings where ours are integers."""
+    if isinstance(tree, dict):
+        return {
+            int(key) if isinstance(key, str) and key.isdigit() else key: _same_keys(value)
+            for key, value in tree.items()
+        }
+    return tree

@@ -1,0 +1,208 @@
+"""What can be set: frozen dataclasses, composed, one section for each part that reads it.
+
+A section is validated when it is made and never changed afterwards; variants are made with
+`dataclasses.replace`. The values of the published models are in `presets`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
+
+T = TypeVar("T")
+
+AttentionKind = Literal["chunked", "causal", "global"]
+FeedForwardKind = Literal["dense", "moe"]
+Remat = Literal["none", "dots", "full"]
+
+
+def positive(section: object, *names: str) -> None:
+    """Raises ValueError if one of the named fields is not greater than 0."""
+    for name in names:
+        value = getattr(section, name)
+        if not value > 0:
+            raise ValueError(f"{type(section).__name__}.{name} {value!r} must be greater than 0")
+
+
+class Layer(NamedTuple):
+    """What one decoder layer is made of.
+
+    attention: "chunked" rotates positions (RoPE) and sees its own chunk only; "causal" rotates and
+        sees everything before it; "global" has no positions (NoPE), sees everything before it and
+        scales its queries by the attention temperature.
+    ffn: "dense" is one SwiGLU; "moe" routes to experts, beside an optional shared expert.
+    """
+
+    attention: AttentionKind
+    ffn: FeedForwardKind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3.1's frequency-dependent stretching of RoPE, which Llama 4 Scout uses as well."""
+
+    factor: float
+    """Wavelengths longer than `original_context / low_freq_factor` grow by this factor."""
+    low_freq_factor: float
+    high_freq_factor: float
+    """Wavelengths shorter than `original_context / high_freq_factor` stay as they are."""
+    original_context: int = 8192
+
+    def __post_init__(self) -> None:
+        positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_context")
+        if self.low_freq_factor > self.high_freq_factor:
+            raise ValueError(
+                f"RoPE low_freq_factor {self.low_freq_factor} must not exceed "
+                f"high_freq_factor {self.high_freq_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding of "chunked" and "causal" layers."""
+
+    theta: float = 500_000.0
+    scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        positive(self, "theta")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Temperature:
+    """Query scale of "global" layers: 1 + scale · ln(⌊(position + 1) / floor⌋ + 1)."""
+
+    floor: int = 8192
+    scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        positive(self, "floor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Grouped-query attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    chunk_size: int | None = None
+    """Tokens in a chunk of "chunked" layers; chunks do not overlap."""
+    qk_norm: bool = False
+    """Weightless RMS norm of queries and keys after RoPE."""
+    rope: Rope = Rope()
+    temperature: Temperature | None = None
+
+    def __post_init__(self) -> None:
+        positive(self, "num_heads", "num_kv_heads", "head_dim")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs")
+        if self.chunk_size is not None:
+            positive(self, "chunk_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoE:
+    """Mixture of experts: a sigmoid router scales each chosen expert's input."""
+
+    num_experts: int
+    mlp_dim: int
+    """Hidden width of each routed expert."""
+    shared_mlp_dim: int = 0
+    """Hidden width of the expert that sees every token; 0 leaves it out."""
+    experts_per_token: int = 1
+
+    def __post_init__(self) -> None:
+        positive(self, "num_experts", "mlp_dim", "experts_per_token")
+        if self.shared_mlp_dim < 0:
+            raise ValueError(f"shared_mlp_dim {self.shared_mlp_dim} must be 0 or more")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The architecture of a decoder-only language model."""
+
+    num_layers: int
+    embed_dim: int
+    vocab_size: int
+    mlp_dim: int
+    """Hidden width of "dense" layers."""
+    max_context: int
+    """Longest context, in tokens, that the checkpoint is meant for."""
+    attention: Attention
+    pattern: tuple[Layer, ...]
+    """The kinds of the first layers; repeated until `num_layers` are reached."""
+    moe: MoE | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    """The output head is the transposed embedding table."""
+
+    def __post_init__(self) -> None:
+        positive(self, "num_layers", "embed_dim", "vocab_size", "mlp_dim", "max_context")
+        positive(self, "norm_eps")
+        if not self.pattern:
+            raise ValueError("pattern is empty: it must name the kind of at least one layer")
+        for layer in self.pattern:
+            if layer.attention not in get_args(AttentionKind):
+                raise ValueError(
+                    f"attention kind {layer.attention!r}: choose from {get_args(AttentionKind)}"
+                )
+            if layer.ffn not in get_args(FeedForwardKind):
+                raise ValueError(f"ffn kind {layer.ffn!r}: choose from {get_args(FeedForwardKind)}")
+        used = self.layers
+        if any(x.attention == "chunked" for x in used) and self.attention.chunk_size is None:
+            raise ValueError("the pattern has chunked layers, but attention.chunk_size is None")
+        if any(x.ffn == "moe" for x in used) and self.moe is None:
+            raise ValueError("the pattern has moe layers, but moe is None")
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The kind of every layer, first to last."""
+        period = len(self.pattern)
+        return tuple(self.pattern[i % period] for i in range(self.num_layers))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a model computes, which changes its speed and memory but not what it is."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products and activations. Norms, softmax, router, RoPE angles, temperature and
+    logits are float32 whatever this says."""
+    remat: Remat = "none"
+    """What the backward pass computes again instead of keeping: "none", all but matrix products
+    ("dots"), or everything inside a layer period ("full")."""
+    scan: bool = True
+    """Run the periods of the layer pattern as one compiled loop; False unrolls every layer."""
+
+
+def from_json(kind: type[T], value: Any) -> T:
+    """The section that `dataclasses.asdict` turned into `value`, perhaps by way of JSON.
+
+    Raises:
+        ValueError: a field is unknown or missing, or its value is not allowed.
+    """
+    if isinstance(kind, types.UnionType):
+        return None if value is None else from_json(get_args(kind)[0], value)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        unknown = set(value) - set(hints)
+        if unknown:
+            raise ValueError(f"{kind.__name__} has no field {sorted(unknown)[0]!r}")
+        try:
+            return kind(**{name: from_json(hints[name], x) for name, x in value.items()})
+        except TypeError as error:
+            raise ValueError(f"{kind.__name__}: {error}") from None
+    if kind == tuple[Layer, ...]:
+        return tuple(Layer(*layer) for layer in value)
+    return value

@@ -1,0 +1,223 @@
+"""Causal attention within segments and chunks, never O(T²) in memory.
+
+A query sees a key when the key's position is not after its own, both lie in the same segment, and,
+given a chunk size, both positions lie in the same chunk. Up to `DENSE` keys the scores are formed at
+once; beyond, block by block with a running softmax (Milakov & Gimelshein 2018; Dao 2022), and only
+blocks that can hold a visible key are computed, forward and backward.
+
+Letters: see `models.layers`; w block width, i and j block numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+DENSE = 1024
+"""Longest key sequence whose scores are formed at once."""
+BLOCK = 512
+"""Width of the blocks beyond that."""
+_HIDDEN = -1e30
+"""Score of an invisible key; finite, so that a row without any visible key stays finite."""
+
+
+class Where(NamedTuple):
+    """Where tokens stand.
+
+    positions: absolute, growing by one along each segment; negative marks an empty key.
+    segments: tokens of different segments do not see each other; None for one segment per row.
+    """
+
+    positions: Int[Array, "b t"]
+    segments: Int[Array, "b t"] | None = None
+
+
+def self_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b t k h"],
+    v: Float[Array, "b t k h"],
+    where: Where | None = None,
+    *,
+    chunk: int | None = None,
+) -> Float[Array, "b t n h"]:
+    """Attention of a sequence to itself; queries are already scaled.
+
+    Without `where` the positions are 0, 1, …, t-1 in every row, so chunks lie at multiples of
+    `chunk` and are folded into the batch: cost O(t·chunk). With it, positions may restart anywhere;
+    every visible key is less than `chunk` tokens back, so the cost is O(t·(chunk + w)).
+    """
+    b, t = q.shape[:2]
+    if where is None:
+        if chunk is not None and chunk < t:
+            return _fold(q, k, v, chunk)
+        where = Where(jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t)))
+    if t <= DENSE:
+        return cross_attention(q, k, v, where, where, chunk=chunk)
+    back = t if chunk is None else min(chunk, t) - 1
+    return _blockwise(q, k, v, _ranks(where, chunk), back)
+
+
+def cross_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    queries: Where,
+    keys: Where,
+    *,
+    chunk: int | None = None,
+) -> Float[Array, "b t n h"]:
+    """Attention to keys in any order, such as a cache's; scores of all pairs are formed at once."""
+    b, t, n, h = q.shape
+    grouped = q.reshape(b, t, k.shape[2], -1, h)
+    scores = _scores(grouped, k, _ranks(queries, chunk), _ranks(keys, chunk))
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h)
+
+
+class _Ranks(NamedTuple):
+    """What decides visibility: equal groups, and a key no later than its query."""
+
+    positions: Int[Array, "*i b t"]
+    groups: Int[Array, "*i b t 2"]
+
+
+def _ranks(where: Where, chunk: int | None) -> _Ranks:
+    """Positions, and (segment, chunk) as the group."""
+    nothing = jnp.zeros_like(where.positions)
+    segments = nothing if where.segments is None else where.segments
+    chunks = nothing if chunk is None else where.positions // chunk
+    return _Ranks(where.positions, jnp.stack([segments, chunks], -1))
+
+
+def _scores(q: Array, k: Array, at: _Ranks, to: _Ranks) -> Float32[Array, "b k g t s"]:
+    """Query-key products [b t k g h] · [b s k h] in float32; invisible keys at the least value."""
+    seen = (to.positions[:, None] <= at.positions[:, :, None]) & (to.positions >= 0)[:, None]
+    seen &= (at.groups[:, :, None] == to.groups[:, None]).all(-1)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    return jnp.where(seen[:, None, None], scores, _HIDDEN)
+
+
+def _fold(
+    q: Float[Array, "b t n h"], k: Float[Array, "b t k h"], v: Float[Array, "b t k h"], chunk: int
+) -> Float[Array, "b t n h"]:
+    """Chunked attention of rows that start at position 0: every chunk becomes a row."""
+    b, t = q.shape[:2]
+    chunks = -(-t // chunk)
+
+    def fold(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, chunks * chunk - t), (0, 0), (0, 0)))
+        return x.reshape(b * chunks, chunk, *x.shape[2:])
+
+    out = self_attention(fold(q), fold(k), fold(v))
+    return out.reshape(b, chunks * chunk, *q.shape[2:])[:, :t]
+
+
+def _blockwise(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b t k h"],
+    v: Float[Array, "b t k h"],
+    ranks: _Ranks,
+    back: int,
+) -> Float[Array, "b t n h"]:
+    """Attention by `ranks`, no visible key being more than `back` tokens before its query."""
+    b, t, n, h = q.shape
+    kv = k.shape[2]
+    blocks = -(-t // BLOCK)
+
+    def cut(x: Array, fill: int = 0) -> Array:
+        """[b t …] → [blocks b w …], padded at the end."""
+        padding = ((0, 0), (0, blocks * BLOCK - t)) + ((0, 0),) * (x.ndim - 2)
+        x = jnp.pad(x, padding, constant_values=fill)
+        return jnp.moveaxis(x.reshape(b, blocks, BLOCK, *x.shape[2:]), 1, 0)
+
+    cut_ranks = _Ranks(cut(ranks.positions, -1), cut(ranks.groups))
+    out = _flash(cut(q.reshape(b, t, kv, n // kv, h)), cut(k), cut(v), cut_ranks, back)
+    return jnp.moveaxis(out, 0, 1).reshape(b, blocks * BLOCK, n, h)[:, :t]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _flash(q: Array, k: Array, v: Array, ranks: _Ranks, back: int) -> Array:
+    """Blockwise attention of q [i b w k g h] to k and v [j b w k h]; returns q's shape."""
+    return _flash_forward(q, k, v, ranks, back)[0]
+
+
+def _first_block(i: Array, back: int) -> Array:
+    """The first block that can hold a key of query block i."""
+    return jnp.maximum(i * BLOCK - back, 0) // BLOCK
+
+
+def _flash_forward(
+    q: Array, k: Array, v: Array, ranks: _Ranks, back: int
+) -> tuple[Array, tuple[Array | _Ranks, ...]]:
+    """The output, and what the backward pass needs."""
+
+    def query_block(args: tuple) -> tuple[Array, Array]:
+        i, q_i, ranks_i = args
+
+        def step(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            out, top, total = carry
+            scores = _scores(q_i, k[j], ranks_i, jax.tree.map(lambda x: x[j], ranks))
+            new_top = jnp.maximum(top, scores.max(-1))
+            weights = jnp.exp(scores - new_top[..., None])
+            shrink = jnp.exp(top - new_top)
+            add = jnp.einsum("bkgts,bskh->bkgth", weights.astype(v.dtype), v[j])
+            out = out * shrink[..., None] + add.astype(jnp.float32)
+            return out, new_top, total * shrink + weights.sum(-1)
+
+        b, w, kv, g, h = q_i.shape
+        start = (
+            jnp.zeros((b, kv, g, w, h), jnp.float32),
+            jnp.full((b, kv, g, w), 2 * _HIDDEN, jnp.float32),
+            jnp.zeros((b, kv, g, w), jnp.float32),
+        )
+        out, top, total = jax.lax.fori_loop(_first_block(i, back), i + 1, step, start)
+        normal = jnp.moveaxis(out / total[..., None], 3, 1).astype(q.dtype)
+        return normal, top + jnp.log(total)
+
+    numbers = jnp.arange(q.shape[0], dtype=jnp.int32)
+    out, log_total = jax.lax.map(query_block, (numbers, q, ranks))
+    return out, (q, k, v, ranks, out, log_total)
+
+
+def _flash_backward(back: int, saved: tuple, d_out: Array) -> tuple[Array | None, ...]:
+    """Gradients of q, k and v; the weights are formed again, block by block."""
+    q, k, v, ranks, out, log_total = saved
+    # Σ_s weight · d_weight of each query, the softmax's correction (Dao 2022, section B.2).
+    correction = jnp.einsum(
+        "ibtkgh,ibtkgh->ibkgt", d_out.astype(jnp.float32), out.astype(jnp.float32)
+    )
+
+    def query_block(carry: tuple[Array, Array], args: tuple) -> tuple[tuple, Array]:
+        i, q_i, ranks_i, log_i, d_out_i, correction_i = args
+
+        def step(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            d_q, d_k, d_v = carry
+            scores = _scores(q_i, k[j], ranks_i, jax.tree.map(lambda x: x[j], ranks))
+            weights = jnp.exp(scores - log_i[..., None])
+            d_v_j = jnp.einsum("bkgts,btkgh->bskh", weights.astype(v.dtype), d_out_i)
+            d_weights = jnp.einsum(
+                "btkgh,bskh->bkgts", d_out_i, v[j], preferred_element_type=jnp.float32
+            )
+            d_scores = (weights * (d_weights - correction_i[..., None])).astype(q.dtype)
+            d_q += jnp.einsum("bkgts,bskh->btkgh", d_scores, k[j]).astype(jnp.float32)
+            d_k_j = jnp.einsum("bkgts,btkgh->bskh", d_scores, q_i)
+            d_k = d_k.at[j].add(d_k_j.astype(jnp.float32))
+            return d_q, d_k, d_v.at[j].add(d_v_j.astype(jnp.float32))
+
+        start = (jnp.zeros(q_i.shape, jnp.float32), *carry)
+        d_q, d_k, d_v = jax.lax.fori_loop(_first_block(i, back), i + 1, step, start)
+        return (d_k, d_v), d_q
+
+    zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+    numbers = jnp.arange(q.shape[0], dtype=jnp.int32)
+    (d_k, d_v), d_q = jax.lax.scan(
+        query_block, zeros, (numbers, q, ranks, log_total, d_out, correction)
+    )
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)

@@ -1,0 +1,150 @@
+"""Grouped-query attention of the three layer kinds, without and with a cache.
+
+Order of operations (Meta's `llama4/model.py`, transformers' `modeling_llama4.py`): project; rotate
+by position (chunked, causal) and normalise if the model does; or scale by temperature (global);
+then softmax(q·k / √h)·v and the output projection.
+
+Letters: see `models.layers`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from l4jax.config import Attention as AttentionConfig
+from l4jax.config import AttentionKind, Temperature, TextConfig
+from l4jax.kernels.attention import Where, cross_attention, self_attention
+from l4jax.models.cache import KeyValues, held, write
+from l4jax.models.layers import normalize, rope_frequencies, rotate, rotation, weight
+
+Rotation = tuple[Float32[Array, "b t 1 r"], Float32[Array, "b t 1 r"]]
+
+
+class Step(NamedTuple):
+    """What a cached call adds: `counts` tokens of each row, behind its first `lengths`."""
+
+    lengths: Int[Array, " b"]
+    counts: Int[Array, " b"]
+    fresh: bool
+    """The cache is empty: the tokens need to see only each other."""
+
+
+class Tokens(NamedTuple):
+    """All that attention needs to know of its tokens, worked out once for all layers.
+
+    where: None when every row is one segment that starts at position 0.
+    rotations: by layer kind.
+    """
+
+    where: Where | None
+    rotations: dict[AttentionKind, Rotation]
+    temperature: Float32[Array, "b t 1 1"]
+
+
+def describe(
+    config: TextConfig, positions: Int[Array, "b t"], where: Where | None = None
+) -> Tokens:
+    """The rotations and temperatures of tokens at these positions.
+
+    Inside a chunked layer only distances within a chunk matter, so its angles are taken from the
+    position within the chunk: equal to absolute positions in exact arithmetic, and still exact in
+    float32 at ten million tokens, where p · frequency would be off by half a radian.
+    """
+    frequencies = rope_frequencies(config.attention.rope, config.attention.head_dim)
+    origins: dict[AttentionKind, Int[Array, "b t"]] = {"causal": positions}
+    if config.attention.chunk_size is not None:
+        origins["chunked"] = positions % config.attention.chunk_size
+    kinds = {layer.attention for layer in config.layers}
+    return Tokens(
+        where,
+        {kind: rotation(at, frequencies) for kind, at in origins.items() if kind in kinds},
+        temperature(config.attention.temperature, positions)[:, :, None, None],
+    )
+
+
+def temperature(
+    config: Temperature | None, positions: Int[Array, "b t"]
+) -> Float32[Array, "b t"]:
+    """1 + scale · ln(⌊(p + 1) / floor⌋ + 1), in float32 from exact integers; 1 without a config."""
+    if config is None:
+        return jnp.ones(positions.shape, jnp.float32)
+    steps = (positions + 1) // config.floor
+    return 1 + config.scale * jnp.log1p(steps.astype(jnp.float32))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention of one layer kind."""
+
+    def __init__(self, config: TextConfig, kind: AttentionKind, *, rngs: nnx.Rngs) -> None:
+        d, a = config.embed_dim, config.attention
+        n, k, h = a.num_heads, a.num_kv_heads, a.head_dim
+        self.q = weight(rngs, (d, n, h), ("embed", "heads", "head_dim"), fan_in=d)
+        self.k = weight(rngs, (d, k, h), ("embed", "kv_heads", "head_dim"), fan_in=d)
+        self.v = weight(rngs, (d, k, h), ("embed", "kv_heads", "head_dim"), fan_in=d)
+        self.o = weight(rngs, (n, h, d), ("heads", "head_dim", "embed"), fan_in=n * h)
+        self.kind = kind
+        self.config: AttentionConfig = a
+        self.eps = config.norm_eps
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        tokens: Tokens,
+        cache: KeyValues | None = None,
+        step: Step | None = None,
+    ) -> tuple[Float[Array, "b t d"], KeyValues | None]:
+        q, new = self._project(x, tokens)
+        chunk = self.config.chunk_size if self.kind == "chunked" else None
+        if cache is None or step is None:
+            out = self_attention(q, *new, tokens.where, chunk=chunk)
+        elif step.fresh:
+            out = self_attention(q, *new, chunk=chunk)
+            cache = write(cache, new, step.lengths, step.counts)
+        else:
+            out, cache = _cached(q, new, cache, step, chunk)
+        return jnp.einsum("btnh,nhd->btd", out, self.o[...].astype(x.dtype)), cache
+
+    def _project(
+        self, x: Float[Array, "b t d"], tokens: Tokens
+    ) -> tuple[Float[Array, "b t n h"], KeyValues]:
+        """Queries, scaled, and keys and values, as the softmax wants them."""
+        q, k, v = (
+            jnp.einsum("btd,dnh->btnh", x, w[...].astype(x.dtype)) for w in (self.q, self.k, self.v)
+        )
+        scale = jnp.float32(self.config.head_dim**-0.5)
+        if self.kind == "global":
+            q = q * (tokens.temperature * scale).astype(q.dtype)
+        else:
+            q, k = (rotate(y, tokens.rotations[self.kind]) for y in (q, k))
+            if self.config.qk_norm:
+                q, k = (normalize(y, eps=self.eps) for y in (q, k))
+            q = q * scale.astype(q.dtype)
+        return q, KeyValues(k, v)
+
+
+def _cached(
+    q: Float[Array, "b t n h"],
+    new: KeyValues,
+    cache: KeyValues,
+    step: Step,
+    chunk: int | None,
+) -> tuple[Float[Array, "b t n h"], KeyValues]:
+    """Attention to what the cache holds and to the new tokens, and the cache with them."""
+    t, size = q.shape[1], cache.k.shape[1]
+    at = Where(step.lengths[:, None] + jnp.arange(t, dtype=jnp.int32))
+    updated = write(cache, new, step.lengths, step.counts)
+    if t == 1:
+        # The one slot that is overwritten holds nothing that this token could see.
+        keys, values = updated
+        there = Where(held(step.lengths + step.counts, size))
+    else:
+        keys, values = (
+            jnp.concatenate([old.astype(x.dtype), x], axis=1)
+            for old, x in zip(cache, new, strict=True)
+        )
+        there = Where(jnp.concatenate([held(step.lengths, size), at.positions], axis=1))
+    return cross_attention(q, keys, values, at, there, chunk=chunk), updated
