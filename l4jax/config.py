@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
-
-T = TypeVar("T")
+from typing import Any, Literal, NamedTuple, get_args
 
 AttentionKind = Literal["chunked", "causal", "global"]
 FeedForwardKind = Literal["dense", "moe"]
@@ -171,6 +169,11 @@ class TextConfig:
         period = len(self.pattern)
         return tuple(self.pattern[i % period] for i in range(self.num_layers))
 
+    def cache_slots(self, kind: AttentionKind, context: int) -> int:
+        """Tokens that a layer of this kind keeps of `context`: a chunked one, its chunk only."""
+        chunk = self.attention.chunk_size
+        return min(chunk, context) if kind == "chunked" and chunk is not None else context
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
@@ -185,8 +188,13 @@ class Execution:
     scan: bool = True
     """Run the periods of the layer pattern as one compiled loop; False unrolls every layer."""
 
+    @classmethod
+    def for_parameters(cls, dtype: Any) -> Execution:
+        """Computes in the parameters' type, if it is one to compute in, else in float32."""
+        return cls(dtype="bfloat16" if str(dtype) == "bfloat16" else "float32")
 
-def from_json(kind: type[T], value: Any) -> T:
+
+def from_json(kind: Any, value: Any) -> Any:
     """The section that `dataclasses.asdict` turned into `value`, perhaps by way of JSON.
 
     Raises:
@@ -194,7 +202,7 @@ def from_json(kind: type[T], value: Any) -> T:
     """
     if isinstance(kind, types.UnionType):
         return None if value is None else from_json(get_args(kind)[0], value)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         unknown = set(value) - set(hints)
         if unknown:

@@ -11,9 +11,19 @@ import difflib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from l4jax.config import Attention, Layer, MoE, Rope, RopeScaling, Temperature, TextConfig
+from l4jax.config import (
+    Attention,
+    AttentionKind,
+    FeedForwardKind,
+    Layer,
+    MoE,
+    Rope,
+    RopeScaling,
+    Temperature,
+    TextConfig,
+)
 
-_CHUNKED_TO_GLOBAL = ("chunked", "chunked", "chunked", "global")
+_CHUNKED_TO_GLOBAL: tuple[AttentionKind, ...] = ("chunked", "chunked", "chunked", "global")
 _LLAMA31_CONTEXT = 131_072
 
 
@@ -37,7 +47,7 @@ def llama4_scout(max_context: int = 10_485_760) -> TextConfig:
         max_context=max_context,
         attention=_llama4_attention(
             qk_norm=True,
-            rope=Rope(scaling=RopeScaling(factor=16, low_freq_factor=1, high_freq_factor=1)),
+            rope=Rope(scaling=RopeScaling(factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0)),
         ),
         pattern=tuple(Layer(kind, "moe") for kind in _CHUNKED_TO_GLOBAL),
         moe=MoE(num_experts=16, mlp_dim=8192, shared_mlp_dim=8192),
@@ -46,7 +56,7 @@ def llama4_scout(max_context: int = 10_485_760) -> TextConfig:
 
 def llama4_maverick(max_context: int = 1_048_576) -> TextConfig:
     """Llama 4 Maverick (17B active, 128 experts): dense and routed layers alternate."""
-    ffns = ("dense", "moe", "dense", "moe")
+    ffns: tuple[FeedForwardKind, ...] = ("dense", "moe", "dense", "moe")
     return TextConfig(
         num_layers=48,
         embed_dim=5120,
@@ -54,13 +64,13 @@ def llama4_maverick(max_context: int = 1_048_576) -> TextConfig:
         mlp_dim=16_384,
         max_context=max_context,
         attention=_llama4_attention(qk_norm=False, rope=Rope()),
-        pattern=tuple(Layer(*kinds) for kinds in zip(_CHUNKED_TO_GLOBAL, ffns, strict=True)),
+        pattern=tuple(map(Layer, _CHUNKED_TO_GLOBAL, ffns)),
         moe=MoE(num_experts=128, mlp_dim=8192, shared_mlp_dim=8192),
     )
 
 
 def llama4_behemoth() -> TextConfig:
-    """A model of Llama 4 Behemoth's announced size: 288 B active, 16 experts, about 2 T in total."""
+    """A model of Llama 4 Behemoth's announced size: 288 B active, 16 experts, about 2 T total."""
     return dataclasses.replace(
         llama4_scout(max_context=262_144),
         num_layers=120,
@@ -72,7 +82,7 @@ def llama4_behemoth() -> TextConfig:
 
 
 def llama_guard_4() -> TextConfig:
-    """Llama Guard 4 (12B): Scout's decoder with only the shared expert left, attention all causal."""
+    """Llama Guard 4 (12B): Scout's decoder with only the shared expert left, all causal."""
     scout = llama4_scout()
     return dataclasses.replace(
         scout,
@@ -86,27 +96,27 @@ def llama_guard_4() -> TextConfig:
 
 def llama3_8b(*, scaled: bool = False) -> TextConfig:
     """Llama 3 8B; `scaled` for 3.1, whose RoPE is stretched to 128 Ki tokens."""
-    return _llama3(32, 4096, 14_336, heads=32, head_dim=128, factor=8 if scaled else None)
+    return _llama3(32, 4096, 14_336, heads=32, head_dim=128, factor=8.0 if scaled else None)
 
 
 def llama3_70b(*, scaled: bool = False) -> TextConfig:
     """Llama 3 70B; `scaled` for 3.1 and 3.3."""
-    return _llama3(80, 8192, 28_672, heads=64, head_dim=128, factor=8 if scaled else None)
+    return _llama3(80, 8192, 28_672, heads=64, head_dim=128, factor=8.0 if scaled else None)
 
 
 def llama31_405b() -> TextConfig:
     """Llama 3.1 405B."""
-    return _llama3(126, 16_384, 53_248, heads=128, head_dim=128, factor=8)
+    return _llama3(126, 16_384, 53_248, heads=128, head_dim=128, factor=8.0)
 
 
 def llama32_1b() -> TextConfig:
     """Llama 3.2 1B, whose head is its embedding table."""
-    return _llama3(16, 2048, 8192, heads=32, head_dim=64, factor=32, tied=True)
+    return _llama3(16, 2048, 8192, heads=32, head_dim=64, factor=32.0, tied=True)
 
 
 def llama32_3b() -> TextConfig:
     """Llama 3.2 3B, whose head is its embedding table."""
-    return _llama3(28, 3072, 8192, heads=24, head_dim=128, factor=32, tied=True)
+    return _llama3(28, 3072, 8192, heads=24, head_dim=128, factor=32.0, tied=True)
 
 
 def tiny(config: TextConfig) -> TextConfig:
@@ -189,7 +199,7 @@ def _llama3(
     tied: bool = False,
 ) -> TextConfig:
     """A dense Llama 3; `factor` stretches RoPE from 8 Ki to 128 Ki tokens, None leaves it."""
-    scaling = factor and RopeScaling(factor=factor, low_freq_factor=1, high_freq_factor=4)
+    scaling = factor and RopeScaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0)
     return TextConfig(
         num_layers=num_layers,
         embed_dim=embed_dim,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import shutil
@@ -58,7 +57,7 @@ def load(
         path: a Hugging Face directory (Llama 4, with or without vision, of which the text part is
             loaded; Llama 3) or one that `save` wrote.
         dtype: of the parameters; as stored by default.
-        execution: how the model computes; by default in `dtype`, or float32 if that is not given.
+        execution: how the model computes; by default in the parameters' type.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
@@ -68,7 +67,6 @@ def load(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r} must be one of {', '.join(_DTYPES)}")
     directory, kind = detect(path)
-    execution = execution or dataclasses.replace(Execution(), dtype=dtype or "float32")
     reader = orbax if kind == "orbax" else huggingface
     return reader.load(directory, dtype=dtype, execution=execution)
 

@@ -9,23 +9,25 @@ from l4jax.config import Layer, Rope, RopeScaling
 
 T = TypeVar("T")
 
-HARMLESS = frozenset(
-    """
-    _name_or_path add_cross_attention architectures bad_words_ids begin_suppress_tokens
-    bos_token_id cache_implementation chunk_size_feed_forward cross_attention_hidden_size
-    decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    for_llm_compressor forced_bos_token_id forced_eos_token_id id2label initializer_range
-    is_decoder is_encoder_decoder label2id length_penalty max_length min_length model_type
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp
-    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate router_aux_loss_coef sep_token_id suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k
-    top_p torch_dtype torchscript transformers_version typical_p unsloth_version use_bfloat16
-    use_cache
-    """.split()
-)
+# fmt: off
+HARMLESS = frozenset({
+    "_name_or_path", "add_cross_attention", "architectures", "bad_words_ids",
+    "begin_suppress_tokens", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
+    "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample",
+    "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id",
+    "exponential_decay_length_penalty", "finetuning_task", "for_llm_compressor",
+    "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range",
+    "is_decoder", "is_encoder_decoder", "label2id", "length_penalty", "max_length",
+    "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+    "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
+    "problem_type", "pruned_heads", "remove_invalid_values", "repetition_penalty",
+    "return_dict", "return_dict_in_generate", "router_aux_loss_coef", "sep_token_id",
+    "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
+    "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers_version", "typical_p", "unsloth_version", "use_bfloat16", "use_cache",
+})
+# fmt: on
 """Fields that change neither the parameters nor the logits of an inference pass."""
 
 _REQUIRED: Any = object()
@@ -71,13 +73,15 @@ class Fields:
     def finish(self) -> None:
         """Raises ValueError if a field was neither read nor is known to be harmless."""
         unknown = sorted(
-            name for name, value in self._values.items() if name not in HARMLESS and value is not None
+            name
+            for name, value in self._values.items()
+            if name not in HARMLESS and value is not None
         )
         if unknown:
             name = unknown[0]
             raise ValueError(
-                f"{self.source}: field {name!r} (value {self._values[name]!r}) is unknown; it could "
-                f"change the model, so it is not ignored"
+                f"{self.source}: field {name!r} (value {self._values[name]!r}) is unknown; as it "
+                f"might change the model, it is not ignored"
             )
 
 

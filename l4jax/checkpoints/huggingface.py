@@ -85,7 +85,9 @@ def inspect(directory: pathlib.Path) -> Source:
     config, prefix = read_config(directory / "config.json")
     entries = safetensors.scan(directory)
     llama_3 = json.loads((directory / "config.json").read_text())["model_type"] == "llama"
-    matches = list(expand(llama3.rules(config) if llama_3 else llama4.rules(config, prefix), config))
+    matches = list(
+        expand(llama3.rules(config) if llama_3 else llama4.rules(config, prefix), config)
+    )
     expected = {match.theirs for match in matches}
     other = llama4.VISION_PREFIXES if prefix else ()
     unknown = sorted(
@@ -113,12 +115,15 @@ def inspect(directory: pathlib.Path) -> Source:
     return Source(config, matches, entries)
 
 
-def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution) -> Llama:
+def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | None) -> Llama:
     """The model in a directory, each parameter read straight to its devices.
 
     See `checkpoints.load` for the arguments. Raises what `inspect` raises.
     """
     source = inspect(directory)
+    if execution is None:
+        stored = source.entries[source.matches[0].theirs].dtype
+        execution = Execution.for_parameters(dtype or stored)
     model = nnx.eval_shape(lambda: Llama(source.config, execution=execution, rngs=nnx.Rngs(0)))
     graph, abstract = nnx.split(model)
     flat = abstract.flat_state()
@@ -128,7 +133,7 @@ def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution) ->
     for match in source.matches:
         for part, name in enumerate(match.ours):
             place = known[name]
-            holders.setdefault(place.path, []).append((match, part, place.index))
+            holders.setdefault(place.path, []).append((match, part, place.period))
     layout = dict(sharding.shardings(abstract).flat_state())
 
     def fill(path: tuple, param: nnx.Variable) -> nnx.Variable:
@@ -136,7 +141,9 @@ def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution) ->
         wanted = np.dtype(dtype) if dtype is not None else stored
         by_index = {index: (match, part) for match, part, index in holders[path]}
 
-        def read(where: tuple[slice, ...]) -> np.ndarray:
+        def read(where: tuple[slice, ...] | None) -> np.ndarray:
+            assert where is not None
+
             def one(index: int | None, inside: tuple[slice, ...]) -> np.ndarray:
                 match, part = by_index[index]
                 return match.layout.load(source.entries[match.theirs].read())[part][inside]
@@ -180,13 +187,13 @@ def save(
 
     def value(place: Place) -> np.ndarray:
         array = flat[place.path].get_raw_value()
-        return np.asarray(array if place.index is None else array[place.index])
+        return np.asarray(array if place.period is None else array[place.period])
 
     def tensor(match: Match) -> safetensors.Tensor:
         spots = [known[name] for name in match.ours]
         arrays = [flat[spot.path].get_raw_value() for spot in spots]
         shapes = [
-            a.shape if s.index is None else a.shape[1:] for a, s in zip(arrays, spots, strict=True)
+            a.shape if s.period is None else a.shape[1:] for a, s in zip(arrays, spots, strict=True)
         ]
         return safetensors.Tensor(
             match.theirs,
@@ -206,9 +213,7 @@ def save(
 
 def _shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every canonical name."""
-    model = nnx.eval_shape(
-        lambda: Llama(config, execution=Execution(scan=False), rngs=nnx.Rngs(0))
-    )
+    model = nnx.eval_shape(lambda: Llama(config, execution=Execution(scan=False), rngs=nnx.Rngs(0)))
     flat = dict(nnx.state(model, nnx.Param).flat_state())
     return {name: flat[place.path].shape for name, place in places(config, 0, flat).items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from l4jax.checkpoints.fields import Fields, rope_from, rope_to, shortest_pattern
 from l4jax.checkpoints.tables import HALVES, SAME, TRANSPOSED, Rule, heads, heads_out
-from l4jax.config import Attention, Layer, MoE, Temperature, TextConfig
+from l4jax.config import Attention, AttentionKind, Layer, MoE, Temperature, TextConfig
 
 MODEL_TYPES = ("llama4_text", "llama4")
 TEXT_PREFIX = "language_model."
@@ -93,8 +93,8 @@ def config_from(fields: Fields) -> TextConfig:
         chunked = chunk is not None and (types[i] if types else "chunked") != "full_attention"
         if not rotates[i] and types is not None and types[i] != "full_attention":
             raise ValueError(f"{fields.source}: layer {i} has no RoPE but layer_type {types[i]!r}")
-        attention = ("chunked" if chunked else "causal") if rotates[i] else "global"
-        kinds.append(Layer(attention, "moe" if i in routed else "dense"))
+        rotating: AttentionKind = "chunked" if chunked else "causal"
+        kinds.append(Layer(rotating if rotates[i] else "global", "moe" if i in routed else "dense"))
     width = fields.take("intermediate_size", int)
     moe = MoE(
         num_experts=fields.take("num_local_experts", int, 16),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,22 +44,22 @@ def read_config(directory: pathlib.Path) -> TextConfig:
         raise ValueError(f"{file}: {error}") from None
 
 
-def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution) -> Llama:
+def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | None) -> Llama:
     """The model in a directory; see `checkpoints.load` for the arguments."""
     config = read_config(directory)
-    scanned = json.loads((directory / MARKER).read_text())["scanned"]
-    stored = dataclasses.replace(execution, scan=scanned)
-    model = nnx.eval_shape(lambda: Llama(config, execution=stored, rngs=nnx.Rngs(0)))
+    there = _same_keys(ocp.metadata(directory / "parameters").metadata)
+    execution = execution or Execution.for_parameters(dtype or there["embed"].dtype)
+    execution = dataclasses.replace(execution, scan=bool(there["layers"]))
+    model = nnx.eval_shape(lambda: Llama(config, execution=execution, rngs=nnx.Rngs(0)))
     graph, abstract = nnx.split(model)
     layout = nnx.to_pure_dict(sharding.shardings(abstract))
-    there = ocp.metadata(directory / "parameters").metadata
     wanted = jax.tree.map(
         lambda param, place, saved: jax.ShapeDtypeStruct(
             param.shape, jnp.dtype(dtype or saved.dtype), sharding=place
         ),
         nnx.to_pure_dict(abstract),
         layout,
-        _same_keys(there),
+        there,
     )
     values = ocp.load(directory / "parameters", wanted)
     nnx.replace_by_pure_dict(abstract, values)
@@ -70,13 +71,12 @@ def save(model: Llama, directory: pathlib.Path) -> None:
     ocp.save(directory.absolute() / "parameters", nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     marker = {
         "format": _FORMAT,
-        "scanned": model.periods > 0,
         "config": dataclasses.asdict(model.config),
     }
     write_json(directory / MARKER, marker)
 
 
-def _same_keys(tree: object) -> object:
+def _same_keys(tree: Any) -> Any:
     """Orbax returns list positions as strings where ours are integers."""
     if isinstance(tree, dict):
         return {

@@ -105,7 +105,9 @@ def scan(directory: pathlib.Path) -> dict[str, Entry]:
             entries[tensor] = entry
     missing = sorted(set(weight_map) - set(entries))
     if missing:
-        raise ValueError(f"{directory / weight_map[missing[0]]}: lacks {missing[0]}, which {INDEX} places there")
+        raise ValueError(
+            f"{directory / weight_map[missing[0]]}: lacks {missing[0]}, which {INDEX} places there"
+        )
     return entries
 
 
@@ -204,9 +206,7 @@ def _entry(file: pathlib.Path, name: str, item: Mapping[str, Any], base: int, si
     if end - start != math.prod(shape) * DTYPES[code].itemsize:
         raise ValueError(f"{file}: {name} should take {shape} {code}, but has {end - start} bytes")
     if base + end > size:
-        raise ValueError(
-            f"{file}: truncated: {name} ends at byte {base + end}, the file at {size}"
-        )
+        raise ValueError(f"{file}: truncated: {name} ends at byte {base + end}, the file at {size}")
     return Entry(file, shape, DTYPES[code], base + start)
 
 

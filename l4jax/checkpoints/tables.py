@@ -48,10 +48,10 @@ class Match(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a canonical name lies in a model's state: a path, and an index if stacked."""
+    """Where a canonical name lies in a model's state: a path, and a period if stacked."""
 
     path: tuple[str | int, ...]
-    index: int | None
+    period: int | None
 
 
 SAME = Layout(lambda x: (x,), lambda parts: parts[0])
@@ -116,8 +116,8 @@ def places(config: TextConfig, periods: int, paths: Iterable[tuple]) -> dict[str
     for path in paths:
         rest = ".".join(str(key) for key in path[2:])
         if path[0] == "layers":
-            for index in range(periods):
-                found[f"layers.{index * period + path[1]}.{rest}"] = Place(path, index)
+            for number in range(periods):
+                found[f"layers.{number * period + path[1]}.{rest}"] = Place(path, number)
         elif path[0] == "tail":
             found[f"layers.{periods * period + path[1]}.{rest}"] = Place(path, None)
         else:

@@ -1,1 +1,1 @@
-"""The few operations worth more than one implementation; each room has a reference and fast paths."""
+"""The operations worth more than one implementation: each a reference and fast paths."""

@@ -1,9 +1,9 @@
 """Causal attention within segments and chunks, never O(T²) in memory.
 
 A query sees a key when the key's position is not after its own, both lie in the same segment, and,
-given a chunk size, both positions lie in the same chunk. Up to `DENSE` keys the scores are formed at
-once; beyond, block by block with a running softmax (Milakov & Gimelshein 2018; Dao 2022), and only
-blocks that can hold a visible key are computed, forward and backward.
+given a chunk size, both positions lie in the same chunk. Up to `DENSE` keys the scores are formed
+at once; beyond, block by block with a running softmax (Milakov & Gimelshein 2018; Dao 2022), and
+only blocks that can hold a visible key are computed, forward and backward.
 
 Letters: see `models.layers`; w block width, i and j block numbers.
 """

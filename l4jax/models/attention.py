@@ -66,13 +66,12 @@ def describe(
     )
 
 
-def temperature(
-    config: Temperature | None, positions: Int[Array, "b t"]
-) -> Float32[Array, "b t"]:
+def temperature(config: Temperature | None, positions: Int[Array, "b t"]) -> Float32[Array, "b t"]:
     """1 + scale · ln(⌊(p + 1) / floor⌋ + 1), in float32 from exact integers; 1 without a config."""
     if config is None:
         return jnp.ones(positions.shape, jnp.float32)
-    steps = (positions + 1) // config.floor
+    # Padding before a row has negative positions: a logarithm there would be NaN, and spread.
+    steps = jnp.maximum(positions + 1, 0) // config.floor
     return 1 + config.scale * jnp.log1p(steps.astype(jnp.float32))
 
 
@@ -97,6 +96,7 @@ class Attention(nnx.Module):
         cache: KeyValues | None = None,
         step: Step | None = None,
     ) -> tuple[Float[Array, "b t d"], KeyValues | None]:
+        """The layer's output, and its cache with the new tokens if it has one."""
         q, new = self._project(x, tokens)
         chunk = self.config.chunk_size if self.kind == "chunked" else None
         if cache is None or step is None:

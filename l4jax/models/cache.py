@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from l4jax.config import AttentionKind, TextConfig
-
 
 class KeyValues(NamedTuple):
     """One layer's cache; with a leading dimension for layers that are scanned."""
@@ -35,12 +33,6 @@ class Cache(NamedTuple):
     layers: tuple[KeyValues, ...]
     tail: tuple[KeyValues, ...]
     lengths: Int[Array, " b"]
-
-
-def size_of(kind: AttentionKind, config: TextConfig, context: int) -> int:
-    """Slots that a layer of this kind needs for `context` tokens."""
-    chunk = config.attention.chunk_size
-    return min(chunk, context) if kind == "chunked" and chunk is not None else context
 
 
 def held(lengths: Int[Array, " b"], size: int) -> Int[Array, "b s"]:

@@ -32,11 +32,12 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """x, normalised and scaled."""
         return normalize(x, eps=self.eps) * self.scale[...].astype(x.dtype)
 
 
 def normalize(x: Float[Array, "*b h"], *, eps: float) -> Float[Array, "*b h"]:
-    """x / sqrt(mean(x²) + eps) over the last dimension: computed in float32, returned in x's type."""
+    """x / sqrt(mean(x²) + eps) over the last dimension, in float32; returned in x's type."""
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     return (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
@@ -51,6 +52,7 @@ class SwiGLU(nnx.Module):
         self.down = weight(rngs, (f, d), ("mlp", "embed"), fan_in=f)
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """The network's output, in x's type."""
         gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
         return (jax.nn.silu(x @ gate) * (x @ up)) @ down
 

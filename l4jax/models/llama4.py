@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Float32, Int
 from l4jax.config import Execution, Layer, TextConfig
 from l4jax.kernels.attention import Where
 from l4jax.models.attention import Attention, Step, Tokens, describe
-from l4jax.models.cache import Cache, KeyValues, size_of
+from l4jax.models.cache import Cache, KeyValues
 from l4jax.models.layers import RMSNorm, SwiGLU, weight
 from l4jax.models.moe import Experts, Routing
 from l4jax.sharding import constrain
@@ -68,6 +68,7 @@ class Block(nnx.Module):
         cache: KeyValues | None = None,
         step: Step | None = None,
     ) -> tuple[Float[Array, "b t d"], KeyValues | None, Routing | None]:
+        """The layer's output, its cache if it has one, and what its router did if it has one."""
         attended, cache = self.attention(self.attention_norm(x), tokens, cache, step)
         x = constrain(x + attended, "batch", "sequence", None)
         y, routing = self.ffn(self.ffn_norm(x)), None
@@ -138,7 +139,7 @@ class Llama(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         else:
             where = Where(positions, segment_ids)
-        x, _, routing = self._decode(tokens, describe(self.config, positions, where), None, None)
+        x, _, _, routing = self._decode(tokens, describe(self.config, positions, where))
         return Outputs(self.logits(x), routing)
 
     def prefill(
@@ -168,7 +169,7 @@ class Llama(nnx.Module):
         a, dtype = self.config.attention, jnp.dtype(self.execution.dtype)
 
         def empty(layer: Layer, *stack: int) -> KeyValues:
-            size = size_of(layer.attention, self.config, context)
+            size = self.config.cache_slots(layer.attention, context)
             shape = (*stack, batch, size, a.num_kv_heads, a.head_dim)
             return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -195,15 +196,21 @@ class Llama(nnx.Module):
         b, t = tokens.shape
         counts = jnp.full((b,), t, jnp.int32) if counts is None else counts
         positions = cache.lengths[:, None] + jnp.arange(t, dtype=jnp.int32)
-        x, cache, _ = self._decode(
-            tokens, describe(self.config, positions), cache, Step(cache.lengths, counts, fresh)
+        step = Step(cache.lengths, counts, fresh)
+        x, layers, tail, _ = self._decode(
+            tokens, describe(self.config, positions), cache.layers, cache.tail, step
         )
-        return x, cache._replace(lengths=cache.lengths + counts)
+        return x, Cache(layers, tail, cache.lengths + counts)
 
     def _decode(
-        self, ids: Array, tokens: Tokens, cache: Cache | None, step: Step | None
-    ) -> tuple[Array, Cache | None, Routing | None]:
-        """Hidden states before the final norm, the updated cache and the routing of every layer."""
+        self,
+        ids: Array,
+        tokens: Tokens,
+        layer_caches: tuple = (),
+        tail_caches: tuple = (),
+        step: Step | None = None,
+    ) -> tuple[Array, tuple, tuple, Routing | None]:
+        """Hidden states before the final norm, both kinds of caches, and every layer's routing."""
         x = self.embed[ids].astype(self.execution.dtype)
         x = constrain(x, "batch", "sequence", None)
 
@@ -212,19 +219,17 @@ class Llama(nnx.Module):
 
         if self.execution.remat != "none":
             period = jax.checkpoint(period, policy=REMAT[self.execution.remat])
-        caches = cache.layers if cache is not None else (None,) * len(self.layers)
+        layer_caches = layer_caches or (None,) * len(self.layers)
+        tail_caches = tail_caches or (None,) * len(self.tail)
         routing: tuple = ()
         if self.periods:
-            x, (caches, routing) = jax.lax.scan(period, x, (tuple(self.layers), caches))
-        tail_caches = cache.tail if cache is not None else (None,) * len(self.tail)
-        tail, tail_routing = [], []
-        for block, block_cache in zip(self.tail, tail_caches, strict=True):
-            x, (new, routed) = period(x, ((block,), (block_cache,)))
-            tail += new
-            tail_routing += routed
-        if cache is not None:
-            cache = cache._replace(layers=caches, tail=tuple(tail))
-        return x, cache, _in_layer_order(routing, tail_routing)
+            x, (layer_caches, routing) = jax.lax.scan(period, x, (tuple(self.layers), layer_caches))
+        new, tail_routing = [], []
+        for block, cache in zip(self.tail, tail_caches, strict=True):
+            x, ((cache,), (routed,)) = period(x, ((block,), (cache,)))
+            new.append(cache)
+            tail_routing.append(routed)
+        return x, layer_caches, tuple(new), _in_layer_order(routing, tail_routing)
 
 
 def segment_positions(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:

@@ -47,6 +47,7 @@ class Experts(nnx.Module):
         self.experts_per_token = config.experts_per_token
 
     def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Routing]:
+        """The layer's output, in x's type, and what its router did."""
         b, t, d = x.shape
         tokens = x.reshape(b * t, d)
         logits = jnp.einsum(

@@ -1,0 +1,1 @@
+"""From text and conversations to batches of tokens."""

@@ -1,0 +1,1 @@
+"""Objectives, optimizers, and the one loop that runs any of them."""
