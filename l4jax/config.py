@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 AttentionKind = Literal["chunked", "causal", "global"]
@@ -203,6 +204,8 @@ def from_json(kind: Any, value: Any) -> Any:
     if isinstance(kind, types.UnionType):
         return None if value is None else from_json(get_args(kind)[0], value)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{kind.__name__} {value!r} must be an object with fields")
         hints = typing.get_type_hints(kind)
         unknown = set(value) - set(hints)
         if unknown:

@@ -9,7 +9,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
-from l4jax.checkpoints import huggingface, orbax
+import l4jax.checkpoints.huggingface as huggingface
+import l4jax.checkpoints.orbax as orbax
 from l4jax.config import Execution, TextConfig
 from l4jax.models.llama4 import Llama
 

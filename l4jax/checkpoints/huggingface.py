@@ -11,8 +11,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+import l4jax.checkpoints.llama3 as llama3
+import l4jax.checkpoints.llama4 as llama4
+import l4jax.checkpoints.safetensors as safetensors
 from l4jax import sharding
-from l4jax.checkpoints import llama3, llama4, safetensors
 from l4jax.checkpoints.fields import Fields
 from l4jax.checkpoints.tables import (
     Match,
@@ -126,7 +128,7 @@ def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | N
         execution = Execution.for_parameters(dtype or stored)
     model = nnx.eval_shape(lambda: Llama(source.config, execution=execution, rngs=nnx.Rngs(0)))
     graph, abstract = nnx.split(model)
-    flat = abstract.flat_state()
+    flat = nnx.to_flat_state(abstract)
     known = places(source.config, model.periods, (path for path, _ in flat))
     check_complete(source.matches, known)
     holders: dict[tuple, list[tuple[Match, int, int | None]]] = {}
@@ -134,7 +136,7 @@ def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | N
         for part, name in enumerate(match.ours):
             place = known[name]
             holders.setdefault(place.path, []).append((match, part, place.period))
-    layout = dict(sharding.shardings(abstract).flat_state())
+    layout = dict(nnx.to_flat_state(sharding.shardings(abstract)))
 
     def fill(path: tuple, param: nnx.Variable) -> nnx.Variable:
         stored = source.entries[holders[path][0][0].theirs].dtype
@@ -156,7 +158,7 @@ def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | N
         value = jax.make_array_from_callback(param.shape, layout[path].get_raw_value(), read)
         return param.replace(value)
 
-    state = nnx.State.from_flat_path({path: fill(path, param) for path, param in flat})
+    state = nnx.from_flat_state({path: fill(path, param) for path, param in flat})
     return nnx.merge(graph, state)
 
 
@@ -181,7 +183,7 @@ def save(
     config = model.config
     family = llama3 if llama3.fits(config) else llama4
     matches = list(expand(family.rules(config), config))
-    flat = dict(nnx.state(model, nnx.Param).flat_state())
+    flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     known = places(config, model.periods, flat)
     check_complete(matches, known)
 
@@ -214,7 +216,7 @@ def save(
 def _shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every canonical name."""
     model = nnx.eval_shape(lambda: Llama(config, execution=Execution(scan=False), rngs=nnx.Rngs(0)))
-    flat = dict(nnx.state(model, nnx.Param).flat_state())
+    flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     return {name: flat[place.path].shape for name, place in places(config, 0, flat).items()}
 
 

@@ -7,8 +7,10 @@ import pathlib
 import sysconfig
 from typing import NamedTuple
 
-_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
-"""Folders that are not the library: what users installed, tests, and two bundled programs."""
+_LEFT_OUT = frozenset(
+    ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "encodings")
+)
+"""What users installed, tests, a bundled program, and character tables, which are no text."""
 
 
 class Corpus(NamedTuple):

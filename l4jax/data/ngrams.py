@@ -19,7 +19,7 @@ class Ngrams:
         self._unigrams = np.zeros(vocab_size, np.int64)
         self._pairs = np.zeros((vocab_size, vocab_size), np.int32)
         for document in documents:
-            ids = np.asarray(document)
+            ids = np.asarray(document, np.int64)
             self._unigrams += np.bincount(ids, minlength=vocab_size)
             np.add.at(self._pairs, (ids[:-1], ids[1:]), 1)
         self._followers = (self._pairs > 0).sum(1)
@@ -30,6 +30,9 @@ class Ngrams:
         Counted over the same targets as `training.objectives.next_token`. Unigrams have one added
         to each count; bigrams are mixed with them by Witten & Bell (1991): a context seen n times
         with k different followers gives them the weight n / (n + k).
+
+        Raises:
+            ValueError: no batch has a target.
         """
         total, unigram, bigram = 0, 0.0, 0.0
         smooth = (self._unigrams + 1) / (self._unigrams + 1).sum()
@@ -43,4 +46,6 @@ class Ngrams:
             unigram -= np.log(smooth[after]).sum()
             bigram -= np.log(known).sum()
             total += len(after)
+        if not total:
+            raise ValueError("nothing to count: no batch has two neighbours in one segment")
         return float(unigram / total), float(bigram / total)

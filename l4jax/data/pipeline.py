@@ -2,6 +2,7 @@
 
 A row of a batch holds pieces of documents back to back. Keys of a batch, each Int32[b t]:
 tokens; segment_ids, which number a row's pieces from 1; positions, which restart with each piece.
+Without `repeat` the last row of the epoch may end in padding, whose segment id is 0.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ def packed(
         repeat: go on for ever instead of stopping after one epoch.
 
     Raises:
-        ValueError: the documents do not fill one batch.
+        ValueError: a size is not positive, or the documents do not fill one batch.
     """
+    if length < 1 or batch_size < 1:
+        raise ValueError(f"length {length} and batch_size {batch_size} must be at least 1")
     tokens = sum(len(document) for document in documents)
     if tokens < length * batch_size:
         raise ValueError(
