@@ -29,7 +29,7 @@ from l4jax.data.ngrams import Ngrams
 from l4jax.models.llama4 import Llama
 from l4jax.training import objectives, optimizers, trainer
 
-VOCABULARY = 1024
+VOCABULARY = 512
 LENGTH = 256
 BATCH = 4
 PROMPTS = ("import ", "def __init__(self", "    for i in range(", '"""Return ')
@@ -161,7 +161,7 @@ def pretrain(
 ) -> Pretrained:
     """Trains on next tokens with AdamW; every step's metrics go to `metrics.jsonl`."""
     model = sharding.create(lambda: Llama(config, rngs=nnx.Rngs(seed)))
-    schedule = optimizers.warmup_cosine(4e-3, steps=steps, warmup=max(1, min(50, steps // 10)))
+    schedule = optimizers.warmup_cosine(6e-3, steps=steps, warmup=max(1, min(50, steps // 10)))
     training = trainer.Training(
         model, objectives.next_token(balance=0.01), optimizers.adamw(schedule)
     )
@@ -303,7 +303,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         highlight=False,
     )
     console.print(
-        f"Figures, samples and checkpoints: {pathlib.Path(report['files']['curves.png']).parent}"
+        f"Figures, samples and checkpoints: {pathlib.Path(report['files']['curves.png']).parent}",
+        markup=False,
     )
 
 
@@ -318,8 +319,12 @@ def _clear(out: pathlib.Path) -> None:
             raise ValueError(
                 f"{out}: holds {foreign[0]!r}, which no demo made; choose another --out"
             )
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+        for path in out.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def _write_json(file: pathlib.Path, value: Any) -> None:

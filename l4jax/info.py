@@ -57,7 +57,8 @@ def describe(name: str, *, context: int | None = None) -> dict[str, Any]:
 
 def show(facts: dict[str, Any], console: Console) -> None:
     """Prints what `describe` found, for people."""
-    console.print(f"[bold]{facts.get('preset') or facts['checkpoint']}[/bold]", highlight=False)
+    name = facts.get("preset") or facts["checkpoint"]
+    console.print(name, style="bold", markup=False, highlight=False)
     for key in ("note", "format", "licence"):
         if facts.get(key):
             console.print(f"{key}: {facts[key]}", highlight=False)
@@ -103,7 +104,7 @@ def _after(cache: dict[str, int]) -> str:
     return f", {_bytes(later)} after the first chunk"
 
 
-def _count(n: float) -> str:
+def _count(n: int) -> str:
     """A number with three or four digits and its unit."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if n >= size:
@@ -111,7 +112,7 @@ def _count(n: float) -> str:
     return f"{n:.0f}"
 
 
-def _bytes(n: float) -> str:
+def _bytes(n: int) -> str:
     """Bytes in binary units."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n >= size:

@@ -64,6 +64,10 @@ class Fields:
             raise ValueError(f"{self.source}: {name} {value!r} must be of type {kind.__name__}")
         return value
 
+    def has(self, name: str) -> bool:
+        """Whether the field is there, be it null."""
+        return name in self._values
+
     def expect(self, name: str, only: Any) -> None:
         """Raises ValueError if the field is there and has another value than the supported one."""
         value = self._values.pop(name, only)

@@ -72,7 +72,9 @@ def config_from(fields: Fields) -> TextConfig:
     layers = fields.take("num_hidden_layers", int)
     heads_number = fields.take("num_attention_heads", int)
     hidden = fields.take("hidden_size", int)
-    chunk = fields.take("attention_chunk_size", int, None)
+    # Absent it has a default; null, as in Llama Guard 4, means that there are no chunks.
+    absent = None if fields.has("attention_chunk_size") else 8192
+    chunk = fields.take("attention_chunk_size", int, absent)
     interval = fields.take("no_rope_layer_interval", int, 4)
     rotates = fields.take("no_rope_layers", list, None) or [
         int((i + 1) % interval != 0) for i in range(layers)
@@ -113,8 +115,8 @@ def config_from(fields: Fields) -> TextConfig:
         max_context=fields.take("max_position_embeddings", int),
         attention=Attention(
             num_heads=heads_number,
-            num_kv_heads=fields.take("num_key_value_heads", int, heads_number),
-            head_dim=fields.take("head_dim", int, hidden // heads_number),
+            num_kv_heads=fields.take("num_key_value_heads", int),
+            head_dim=fields.take("head_dim", int),
             chunk_size=chunk if any(kind.attention == "chunked" for kind in kinds) else None,
             qk_norm=fields.take("use_qk_norm", bool, True),
             rope=rope_from(fields, default_theta=500_000.0),

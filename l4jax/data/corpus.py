@@ -40,7 +40,7 @@ def standard_library(*, held_out_percent: int = 10, max_bytes: int | None = None
     corpus, total = Corpus([], []), 0
     for path in sorted(files, key=_digest):
         text = (root / path).read_text(encoding="utf-8", errors="replace")
-        total += len(text)
+        total += (root / path).stat().st_size
         if max_bytes is not None and total > max_bytes:
             break
         if text.strip():

@@ -115,14 +115,14 @@ class Attention(nnx.Module):
         q, k, v = (
             jnp.einsum("btd,dnh->btnh", x, w[...].astype(x.dtype)) for w in (self.q, self.k, self.v)
         )
-        scale = jnp.float32(self.config.head_dim**-0.5)
+        scale = self.config.head_dim**-0.5
         if self.kind == "global":
-            q = q * (tokens.temperature * scale).astype(q.dtype)
+            scale = scale * tokens.temperature
         else:
             q, k = (rotate(y, tokens.rotations[self.kind]) for y in (q, k))
             if self.config.qk_norm:
                 q, k = (normalize(y, eps=self.eps) for y in (q, k))
-            q = q * scale.astype(q.dtype)
+        q = (q.astype(jnp.float32) * scale).astype(x.dtype)
         return q, KeyValues(k, v)
 
 

@@ -94,7 +94,9 @@ class Llama(nnx.Module):
         self.config = config
         self.execution = execution
         self.periods = config.num_layers // period if execution.scan else 0
-        self.embed = weight(rngs, (v, d), ("vocab", "embed"), fan_in=d)
+        # A table that is the head too starts small, so that logits start near 1.
+        spread = d if config.tie_embeddings else 1
+        self.embed = weight(rngs, (v, d), ("vocab", "embed"), fan_in=spread)
         self.layers = nnx.List(
             [_stacked(config, layer, self.periods, rngs) for layer in config.pattern]
             if self.periods

@@ -46,7 +46,7 @@ class Training:
             (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
             updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-            metrics["grad_norm"] = optax.global_norm(gradients)
+            metrics["grad_norm"] = optax.tree.norm(gradients)
             return State(params, optimizer_state), metrics
 
         self._step = jax.jit(step, donate_argnums=0)
