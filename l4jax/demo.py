@@ -35,6 +35,8 @@ BATCH = 4
 PROMPTS = ("import ", "def __init__(self", "    for i in range(", '"""Return ')
 _MADE = ("config.json", "metrics.jsonl", "report.json", "report.txt", "curves.png", "experts.png")
 _MADE_FOLDERS = ("tokenizer", "checkpoint", "export")
+_MARKER = ".l4jax-demo"
+"""Says that a folder is a demo's, so that the next demo may replace what is in it."""
 
 
 class Data(NamedTuple):
@@ -310,11 +312,14 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 def _clear(out: pathlib.Path) -> None:
     """Makes `out` an empty folder, if nothing but an earlier demo's files would be lost."""
-    known = {*_MADE, *_MADE_FOLDERS}
+    known = {_MARKER, *_MADE, *_MADE_FOLDERS}
     if out.exists():
         if not out.is_dir():
             raise ValueError(f"{out}: is a file; --out needs a folder")
-        foreign = sorted(path.name for path in out.iterdir() if path.name not in known)
+        names = sorted(path.name for path in out.iterdir())
+        if not (out / _MARKER).exists():
+            known = set()
+        foreign = [name for name in names if name not in known]
         if foreign:
             raise ValueError(
                 f"{out}: holds {foreign[0]!r}, which no demo made; choose another --out"
@@ -325,6 +330,7 @@ def _clear(out: pathlib.Path) -> None:
             else:
                 path.unlink()
     out.mkdir(parents=True, exist_ok=True)
+    (out / _MARKER).touch()
 
 
 def _write_json(file: pathlib.Path, value: Any) -> None:

@@ -1,6 +1,6 @@
 """All checks, fastest first: format, lint, import rules, types, tests. Stops at the first failure.
 
-    python -m tests.check [pytest arguments]
+python -m tests.check [pytest arguments]
 """
 
 import subprocess
@@ -18,7 +18,9 @@ def main() -> int:
     for name, *arguments in (*CHECKS, ("pytest", *sys.argv[1:])):
         print(f"== {name} {' '.join(arguments)}".rstrip(), flush=True)
         if name == "lint-imports":  # a console script without a module to run
-            code = "import sys; from importlinter.cli import lint_imports_command as c; sys.exit(c())"
+            code = (
+                "import sys; from importlinter.cli import lint_imports_command as c; sys.exit(c())"
+            )
             command = [sys.executable, "-c", code]
         else:
             command = [sys.executable, "-m", name]

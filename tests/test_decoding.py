@@ -116,7 +116,6 @@ def test_streaming_gives_the_same_tokens():
     [
         ([[1], []], {}, "the prompt of row 1 is empty"),
         ([], {}, "at least one"),
-        ([1, 2], {}, "one list of ids for each prompt"),
         ([[1], [5, 512]], {}, "token id 512 at position 1 of row 1 .* vocabulary of 512"),
         ([[1, -3]], {}, "token id -3"),
         ([[1] * 250], {"max_new_tokens": 7}, "prompt of 250 .* 7 make 257, .* context of 256"),

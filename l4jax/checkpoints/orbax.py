@@ -49,7 +49,7 @@ def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | N
     config = read_config(directory)
     there = _same_keys(ocp.metadata(directory / "parameters").metadata)
     execution = execution or Execution.for_parameters(dtype or there["embed"].dtype)
-    execution = dataclasses.replace(execution, scan=bool(there["layers"]))
+    execution = dataclasses.replace(execution, scan="layers" in there)
     model = nnx.eval_shape(lambda: Llama(config, execution=execution, rngs=nnx.Rngs(0)))
     graph, abstract = nnx.split(model)
     layout = nnx.to_pure_dict(sharding.shardings(abstract))

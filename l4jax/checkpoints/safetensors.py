@@ -11,7 +11,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -66,9 +66,9 @@ def scan_file(file: pathlib.Path) -> dict[str, Entry]:
                 f"the whole file has {size}"
             )
         try:
-            header = json.loads(stream.read(length), object_pairs_hook=_unique)
-        except (UnicodeDecodeError, ValueError) as error:
-            raise ValueError(f"{file}: its safetensors header is not valid JSON: {error}") from None
+            header = dict(json.loads(stream.read(length), object_pairs_hook=_unique))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: its safetensors header is not valid: {error}") from None
     header.pop("__metadata__", None)
     return {name: _entry(file, name, item, 8 + length, size) for name, item in header.items()}
 
@@ -87,12 +87,12 @@ def scan(directory: pathlib.Path) -> dict[str, Entry]:
             raise FileNotFoundError(f"{directory}: neither {INDEX} nor model.safetensors is there")
         return scan_file(single)
     try:
-        weight_map = json.loads(index.read_text(), object_pairs_hook=_unique)["weight_map"]
+        weight_map = dict(json.loads(index.read_text(), object_pairs_hook=_unique)["weight_map"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{index}: no valid index with a weight_map: {error}") from None
     entries: dict[str, Entry] = {}
     for name in sorted(set(weight_map.values())):
-        if pathlib.PurePath(name).name != name:
+        if pathlib.PurePath(name).name != name or name in ("", ".."):
             raise ValueError(f"{index}: file name {name!r} leaves the directory")
         if not (directory / name).exists():
             raise FileNotFoundError(f"{directory / name}: named by {INDEX}, but missing")
@@ -183,7 +183,7 @@ def _write_shard(file: pathlib.Path, tensors: list[Tensor]) -> None:
     with open(partial, "wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
-            value = np.ascontiguousarray(tensor.make())
+            value = np.asarray(tensor.make(), order="C")
             if value.shape != tensor.shape or value.dtype != tensor.dtype:
                 raise AssertionError(f"{tensor.name}: announced {tensor[1:3]}, got {value.shape}")
             stream.write(value.reshape(-1).view(np.uint8).data)
@@ -192,7 +192,7 @@ def _write_shard(file: pathlib.Path, tensors: list[Tensor]) -> None:
     os.replace(partial, file)
 
 
-def _entry(file: pathlib.Path, name: str, item: Mapping[str, Any], base: int, size: int) -> Entry:
+def _entry(file: pathlib.Path, name: str, item: Any, base: int, size: int) -> Entry:
     """The checked entry of one tensor; `base` is where tensor bytes begin."""
     try:
         code, shape, (start, end) = item["dtype"], tuple(item["shape"]), item["data_offsets"]

@@ -148,7 +148,7 @@ def _padded(
     counts = np.asarray([len(row) for row in rows], np.int32)
     if not counts.all():
         raise ValueError(f"the prompt of row {counts.argmin()} is empty")
-    padded = np.zeros((len(rows), _rounded(counts.max())), np.int64)
+    padded = np.zeros((len(rows), _rounded(int(counts.max()))), np.int64)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return padded, counts

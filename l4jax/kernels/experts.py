@@ -2,16 +2,18 @@
 
 One entry point, `grouped_swiglu`, with three implementations that agree:
 
-- "masked": every expert on every row, the others' rows masked out. The definition; cost O(rows · e).
+- "masked": every expert on every row, the others' rows masked out. The definition; O(rows · e).
 - "ragged": `jax.lax.ragged_dot`, a native grouped matrix product on TPU (on CPU as slow as masked).
-- "blocks": for CPU: experts in turn, each over as many blocks of rows as it really has.
+- "blocks": for CPU: one loop over the blocks of rows that the experts really have, so that an
+  expert without rows is not even read. From one row (decoding) to thousands (training).
 
 Letters: see `models.layers`; m rows, that is tokens times experts per token.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 Implementation = Literal["auto", "masked", "ragged", "blocks"]
 BLOCK = 128
-"""Rows per matrix product of the "blocks" implementation."""
+"""Most rows per matrix product of the "blocks" implementation."""
 
 
 def grouped_swiglu(
@@ -38,8 +40,12 @@ def grouped_swiglu(
     """
     if implementation == "auto":
         implementation = "blocks" if jax.default_backend() == "cpu" else "ragged"
-    function = {"masked": _masked, "ragged": _ragged, "blocks": _blocks}[implementation]
-    return function(x, gate, up, down, group_sizes)
+    implementations: dict[str, Callable[..., Array]] = {
+        "masked": _masked,
+        "ragged": _ragged,
+        "blocks": _blocks,
+    }
+    return implementations[implementation](x, gate, up, down, group_sizes)
 
 
 def _masked(x: Array, gate: Array, up: Array, down: Array, group_sizes: Array) -> Array:
@@ -62,90 +68,109 @@ def _ragged(x: Array, gate: Array, up: Array, down: Array, group_sizes: Array) -
 
 @jax.custom_vjp
 def _blocks(x: Array, gate: Array, up: Array, down: Array, group_sizes: Array) -> Array:
-    """Loops over experts and, inside, over the blocks that hold this expert's rows.
+    """Loops over blocks of rows, each of one expert, whose weights it takes by number.
 
     A block may run past its expert's last row. What it writes there is wrong, and overwritten by
-    the next expert, whose rows begin there; the backward pass masks such rows out instead of
+    the next block, whose rows begin there; the backward pass masks such rows out instead of
     letting them reach a weight's gradient.
     """
     return _blocks_forward(x, gate, up, down, group_sizes)[0]
 
 
-def _block_plan(x: Array, group_sizes: Array) -> tuple[int, Array]:
-    """Block width, no wider than x has rows, and the first row of every expert."""
-    return min(BLOCK, x.shape[0]), jnp.cumsum(group_sizes) - group_sizes
+class _Plan(NamedTuple):
+    """Which rows each block covers; `width` rows from `first[e] + (j - blocks_before[e]) · width`.
 
+    width: no more than x has rows, and about twice an even share, so that few rows are wasted when
+    there are fewer rows than experts. last: one past each expert's last row. blocks_upto: blocks of
+    each expert and those before it.
+    """
 
-def _pad(x: Array, width: int) -> Array:
-    """`x` with a block of zeros below, so that the last block's slice stays inside."""
-    return jnp.pad(x, ((0, width), (0, 0)))
+    width: int
+    first: Array
+    last: Array
+    blocks_before: Array
+    blocks_upto: Array
+
+    @classmethod
+    def of(cls, x: Array, group_sizes: Array) -> _Plan:
+        """For the rows of x."""
+        m, e = x.shape[0], group_sizes.shape[0]
+        share = max(1, 2 * m // e)
+        width = min(BLOCK, 2 ** (share - 1).bit_length(), m)
+        last = jnp.cumsum(group_sizes)
+        blocks = -(-group_sizes // width)
+        upto = jnp.cumsum(blocks)
+        return cls(width, last - group_sizes, last, upto - blocks, upto)
+
+    def place(self, j: Array) -> tuple[Array, Array, Array]:
+        """Block j's expert, its first row, and which of its rows are the expert's own [width 1]."""
+        expert = jnp.sum(self.blocks_upto <= j)
+        row = self.first[expert] + (j - self.blocks_before[expert]) * self.width
+        own = row + jnp.arange(self.width) < self.last[expert]
+        return expert, row, own[:, None]
+
+    def pad(self, x: Array) -> Array:
+        """`x` with a block of zeros below, so that the last block's slice stays inside."""
+        return jnp.pad(x, ((0, self.width), (0, 0)))
+
+    def cut(self, x: Array, row: Array) -> Array:
+        """The block of `x` from `row` on."""
+        return jax.lax.dynamic_slice_in_dim(x, row, self.width)
 
 
 def _blocks_forward(
     x: Array, gate: Array, up: Array, down: Array, group_sizes: Array
 ) -> tuple[Array, tuple[Array, ...]]:
     """The output, and what the backward pass needs: the inputs and both projections."""
-    width, starts = _block_plan(x, group_sizes)
-    padded = _pad(x, width)
+    plan = _Plan.of(x, group_sizes)
+    padded = plan.pad(x)
 
-    def expert(carry: tuple, args: tuple) -> tuple[tuple, None]:
-        g, u, d, start, size = args
+    def block(j: Array, carry: tuple) -> tuple:
+        expert, row, _ = plan.place(j)
+        x_j = plan.cut(padded, row)
+        gated, lifted = x_j @ gate[expert], x_j @ up[expert]
+        new = gated, lifted, (jax.nn.silu(gated) * lifted) @ down[expert]
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, value, row, 0)
+            for old, value in zip(carry, new, strict=True)
+        )
 
-        def block(j: Array, carry: tuple) -> tuple:
-            row = start + j * width
-            x_j = jax.lax.dynamic_slice_in_dim(padded, row, width)
-            gated, lifted = x_j @ g, x_j @ u
-            new = gated, lifted, (jax.nn.silu(gated) * lifted) @ d
-            return tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, value, row, 0)
-                for old, value in zip(carry, new, strict=True)
-            )
-
-        return jax.lax.fori_loop(0, -(-size // width), block, carry), None
-
-    rows, f = padded.shape[0], gate.shape[2]
-    carry = (*(jnp.zeros((rows, f), x.dtype) for _ in range(2)), jnp.zeros_like(padded))
-    (gated, lifted, y), _ = jax.lax.scan(expert, carry, (gate, up, down, starts, group_sizes))
+    hidden = jnp.zeros((padded.shape[0], gate.shape[2]), x.dtype)
+    start = hidden, hidden, jnp.zeros_like(padded)
+    gated, lifted, y = jax.lax.fori_loop(0, plan.blocks_upto[-1], block, start)
     return y[: x.shape[0]], (x, gate, up, down, group_sizes, gated, lifted)
 
 
 def _blocks_backward(saved: tuple[Array, ...], d_y: Array) -> tuple[Array | None, ...]:
-    """Gradients of x and of the three weights."""
+    """Gradients of x and of the three weights; the weights' are summed in float32."""
     x, gate, up, down, group_sizes, gated, lifted = saved
-    width, starts = _block_plan(x, group_sizes)
-    padded, d_y = _pad(x, width), _pad(d_y, width)
+    plan = _Plan.of(x, group_sizes)
+    padded, d_y = plan.pad(x), plan.pad(d_y)
 
-    def expert(d_x: Array, args: tuple) -> tuple[Array, tuple[Array, ...]]:
-        g, u, d, start, size = args
+    def block(j: Array, carry: tuple) -> tuple:
+        d_x, *d_weights = carry
+        expert, row, own = plan.place(j)
+        x_j, d_y_j, gated_j, lifted_j = (plan.cut(a, row) for a in (padded, d_y, gated, lifted))
+        d_y_j = jnp.where(own, d_y_j, 0)
+        activated, silu_vjp = jax.vjp(jax.nn.silu, gated_j)
+        d_hidden = d_y_j @ down[expert].T
+        (d_gated,) = silu_vjp(d_hidden * lifted_j)
+        d_lifted = d_hidden * activated
+        d_x_j = d_gated @ gate[expert].T + d_lifted @ up[expert].T
+        add = (
+            _outer(x_j, d_gated),
+            _outer(x_j, d_lifted),
+            _outer(activated * lifted_j, d_y_j),
+        )
+        return (
+            jax.lax.dynamic_update_slice_in_dim(d_x, d_x_j, row, 0),
+            *(w.at[expert].add(a) for w, a in zip(d_weights, add, strict=True)),
+        )
 
-        def block(j: Array, carry: tuple) -> tuple:
-            d_x, d_g, d_u, d_d = carry
-            row = start + j * width
-            x_j, d_y_j, gated_j, lifted_j = (
-                jax.lax.dynamic_slice_in_dim(a, row, width) for a in (padded, d_y, gated, lifted)
-            )
-            mine = (j * width + jnp.arange(width) < size)[:, None]
-            d_y_j = jnp.where(mine, d_y_j, 0)
-            activated, silu_vjp = jax.vjp(jax.nn.silu, gated_j)
-            d_hidden = d_y_j @ d.T
-            (d_gated,) = silu_vjp(d_hidden * lifted_j)
-            d_lifted = d_hidden * activated
-            d_x_j = d_gated @ g.T + d_lifted @ u.T
-            return (
-                jax.lax.dynamic_update_slice_in_dim(d_x, d_x_j, row, 0),
-                d_g + _outer(x_j, d_gated),
-                d_u + _outer(x_j, d_lifted),
-                d_d + _outer(activated * lifted_j, d_y_j),
-            )
-
-        zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in (g, u, d))
-        d_x, *d_weights = jax.lax.fori_loop(0, -(-size // width), block, (d_x, *zeros))
-        return d_x, tuple(w.astype(x.dtype) for w in d_weights)
-
-    d_x, (d_gate, d_up, d_down) = jax.lax.scan(
-        expert, jnp.zeros_like(padded), (gate, up, down, starts, group_sizes)
-    )
-    return d_x[: x.shape[0]], d_gate, d_up, d_down, None
+    zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in (gate, up, down))
+    start = jnp.zeros_like(padded), *zeros
+    d_x, *d_weights = jax.lax.fori_loop(0, plan.blocks_upto[-1], block, start)
+    return d_x[: x.shape[0]], *(w.astype(gate.dtype) for w in d_weights), None
 
 
 def _outer(x: Array, y: Array) -> Array:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from l4jax.models.llama4 import Llama
 from l4jax.training.objectives import Metrics, Objective
@@ -36,8 +37,7 @@ class Training:
         self, model: Llama, objective: Objective, optimizer: optax.GradientTransformation
     ) -> None:
         self._graph, self._abstract = nnx.split(model)
-        params = nnx.to_pure_dict(self._abstract)
-        self.state = State(params, jax.jit(optimizer.init)(params))
+        self.state = _placed(nnx.to_pure_dict(self._abstract), optimizer)
 
         def step(state: State, batch: Batch) -> tuple[State, Metrics]:
             def loss(params: Any) -> tuple[jax.Array, Metrics]:
@@ -82,6 +82,26 @@ class Training:
     @staticmethod
     def _read(metrics: Metrics, step: int, seconds: float) -> dict[str, Any]:
         return {"step": step, "seconds": seconds, **jax.device_get(metrics)}
+
+
+def _placed(params: Any, optimizer: optax.GradientTransformation) -> State:
+    """The first state, its moments beside their parameters.
+
+    Every array is committed to its place, as the step's results will be: the step is then compiled
+    once, and not again for its own output.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    one = jax.tree.leaves(shardings)[0]
+    everywhere = NamedSharding(one.mesh, PartitionSpec()) if isinstance(one, NamedSharding) else one
+    places = optax.tree.map_params(
+        optimizer,
+        lambda _, place: place,
+        jax.eval_shape(optimizer.init, params),
+        shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+    init = jax.jit(optimizer.init, out_shardings=places)
+    return State(jax.device_put(params, shardings), init(params))
 
 
 def evaluate(model: Llama, objective: Objective, batches: Iterable[Batch]) -> dict[str, Any]:

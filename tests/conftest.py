@@ -1,0 +1,131 @@
+"""Strict JAX on eight CPU devices, and tiny models that tests share."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+# Tests compile more than they compute.
+jax.config.update("jax_disable_most_optimizations", True)
+
+FAMILIES = (
+    "llama4-scout",
+    "llama4-maverick",
+    "llama-guard-4",
+    "llama3-8b",
+    "llama3.1-8b",
+    "llama3.2-1b",
+)
+"""One preset of every structure; the others differ from these in numbers only."""
+ROWS, LENGTH = 4, 75
+"""Shape of most test batches: four chunks of 16 and a rest."""
+
+# l4jax is imported inside functions: the runtime type checker must be installed before that.
+
+
+class Twin(NamedTuple):
+    """A tiny model and its compiled forward pass, for tokens, positions and segment ids."""
+
+    name: str
+    model: object
+    forward: object
+
+    @property
+    def config(self):
+        return self.model.config
+
+    def tokens(self, seed: int = 0, shape: tuple[int, ...] = (ROWS, LENGTH)) -> np.ndarray:
+        return np.random.default_rng(seed).integers(0, self.config.vocab_size, shape, np.int32)
+
+
+def build(config, **execution):
+    """A model made without compiling anything; norm scales differ from 1, so that each counts."""
+    from flax import nnx
+
+    from l4jax.config import Execution
+    from l4jax.models.llama4 import Llama
+
+    model = nnx.eval_shape(
+        lambda: Llama(config, execution=Execution(**execution), rngs=nnx.Rngs(0))
+    )
+    graph, state = nnx.split(model)
+    rng = np.random.default_rng(7)
+
+    def fill(path, param):
+        name, shape = str(path[-1]), param.shape
+        if name == "scale":
+            value = 1 + 0.3 * rng.standard_normal(shape)
+        else:
+            fan_in = {
+                "embed": shape[-1],
+                "o": shape[-3] * shape[-2] if name == "o" else 0,
+                **dict.fromkeys("qkv", shape[-3] if name in "qkv" else 0),
+            }.get(name, shape[-2])
+            value = rng.standard_normal(shape) * fan_in**-0.5
+        return param.replace(jnp.asarray(value, jnp.float32))
+
+    flat = {path: fill(path, param) for path, param in nnx.to_flat_state(state)}
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+@functools.cache
+def _twin(name: str) -> Twin:
+    from l4jax import presets
+
+    return Twin(name, build(presets.get(f"tiny-{name}").make()), forward)
+
+
+def forward(model, tokens, positions=None, segment_ids=None):
+    """`model`'s logits as a NumPy array; compiled once for each structure and shape."""
+    return np.asarray(outputs(model, tokens, positions, segment_ids).logits)
+
+
+@jax.jit
+def outputs(model, tokens, positions=None, segment_ids=None):
+    """Logits and routing."""
+    return model.outputs(tokens, positions=positions, segment_ids=segment_ids)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def twin(request) -> Twin:
+    """The tiny twin of each family in turn."""
+    return _twin(request.param)
+
+
+@pytest.fixture(scope="session")
+def twin_of():
+    """The tiny twin of the family called so."""
+    return _twin
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite tests/golden from the present code"
+    )
+
+
+@pytest.fixture
+def golden(request):
+    """Compares a text with tests/golden/NAME, or writes it there with --update-golden."""
+
+    def check(name: str, text: str) -> None:
+        file = pathlib.Path(__file__).parent / "golden" / name
+        if request.config.getoption("--update-golden"):
+            file.write_text(text)
+        assert file.exists(), f"{file} is missing: make it with --update-golden and review it"
+        assert text == file.read_text(), f"{name} changed; if meant, run pytest --update-golden"
+
+    return check
