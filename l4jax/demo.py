@@ -264,7 +264,8 @@ def draw(out: pathlib.Path, trained: Pretrained, *, unigram: float, bigram: floa
     axes = figure.subplots()
     image = axes.imshow(load, cmap="viridis", vmin=0, aspect="auto")
     for (layer, expert), share in np.ndenumerate(load):
-        axes.text(expert, layer, f"{share:.0%}", ha="center", va="center", color="white")
+        color = "black" if share > 0.8 * load.max() else "white"
+        axes.text(expert, layer, f"{share:.0%}", ha="center", va="center", color=color)
     axes.set(xlabel="expert", ylabel="layer", title="Share of held-out tokens")
     axes.set_xticks(range(load.shape[1]))
     axes.set_yticks(range(load.shape[0]))

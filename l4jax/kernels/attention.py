@@ -2,8 +2,9 @@
 
 A query sees a key when the key's position is not after its own, both lie in the same segment, and,
 given a chunk size, both positions lie in the same chunk. Up to `DENSE` keys the scores are formed
-at once; beyond, block by block with a running softmax (Milakov & Gimelshein 2018; Dao 2022), and
-only blocks that can hold a visible key are computed, forward and backward.
+at once; beyond, block by block with a running softmax (Milakov & Gimelshein 2018; Dao 2022). Small
+chunks are folded into the batch instead. Only blocks that can hold a visible key are computed,
+forward and backward.
 
 Letters: see `models.layers`; w block width, i and j block numbers.
 """
@@ -19,6 +20,8 @@ from jaxtyping import Array, Float, Float32, Int
 
 DENSE = 1024
 """Longest key sequence whose scores are formed at once."""
+STRIP = 128
+"""Queries that are formed at once with the keys before them, where rows start at position 0."""
 BLOCK = 512
 """Width of the blocks beyond that."""
 _HIDDEN = -1e30
@@ -47,14 +50,18 @@ def self_attention(
     """Attention of a sequence to itself; queries are already scaled.
 
     Without `where` the positions are 0, 1, …, t-1 in every row, so chunks lie at multiples of
-    `chunk` and are folded into the batch: cost O(t·chunk). With it, positions may restart anywhere;
-    every visible key is less than `chunk` tokens back, so the cost is O(t·(chunk + w)).
+    `chunk` and are folded into the batch. With it, positions may restart anywhere; every visible
+    key is less than `chunk` tokens back. Either way chunks cost O(t·chunk).
     """
     b, t = q.shape[:2]
     if where is None:
         if chunk is not None and chunk < t:
             return _fold(q, k, v, chunk)
         where = Where(jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t)))
+        if t <= DENSE:
+            return _triangle(q, k, v, where.positions)
+    if chunk is not None and chunk < t and 2 * chunk <= DENSE:
+        return _pairs(q, k, v, where, chunk)
     if t <= DENSE:
         return cross_attention(q, k, v, where, where, chunk=chunk)
     back = t if chunk is None else min(chunk, t) - 1
@@ -114,6 +121,64 @@ def _fold(
 
     out = self_attention(fold(q), fold(k), fold(v))
     return out.reshape(b, chunks * chunk, *q.shape[2:])[:, :t]
+
+
+def _pairs(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b t k h"],
+    v: Float[Array, "b t k h"],
+    where: Where,
+    chunk: int,
+) -> Float[Array, "b t n h"]:
+    """Chunked attention from any positions: `chunk` queries meet theirs and the `chunk` before."""
+    b, t = q.shape[:2]
+    blocks = -(-t // chunk)
+
+    def fold(x: Array, fill: int = 0, *, before: bool = False) -> Array:
+        """[b t …] → [b·blocks c …], or with the block before [b·blocks 2·c …]."""
+        rest = ((0, 0),) * (x.ndim - 2)
+        x = jnp.pad(x, ((0, 0), (0, blocks * chunk - t), *rest), constant_values=fill)
+        x = x.reshape(b, blocks, chunk, *x.shape[2:])
+        if before:
+            shifted = jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0), *rest), constant_values=fill)
+            x = jnp.concatenate([shifted, x], axis=2)
+        return x.reshape(b * blocks, *x.shape[2:])
+
+    def place(*, before: bool) -> Where:
+        segments = None if where.segments is None else fold(where.segments, before=before)
+        return Where(fold(where.positions, -1, before=before), segments)
+
+    out = cross_attention(
+        fold(q),
+        fold(k, before=True),
+        fold(v, before=True),
+        place(before=False),
+        place(before=True),
+        chunk=chunk,
+    )
+    return out.reshape(b, blocks * chunk, *q.shape[2:])[:, :t]
+
+
+def _triangle(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b t k h"],
+    v: Float[Array, "b t k h"],
+    positions: Int[Array, "b t"],
+) -> Float[Array, "b t n h"]:
+    """Plain causal attention, each strip of queries meeting only the keys up to its own end."""
+    t = q.shape[1]
+    strips = [slice(start, min(start + STRIP, t)) for start in range(0, t, STRIP)]
+    out = [
+        cross_attention(
+            q[:, strip],
+            k[:, : strip.stop],
+            v[:, : strip.stop],
+            Where(positions[:, strip]),
+            Where(positions[:, : strip.stop]),
+        )
+        for strip in strips
+    ]
+    return jnp.concatenate(out, axis=1)
 
 
 def _blockwise(

@@ -106,14 +106,17 @@ class Attention(nnx.Module):
             cache = write(cache, new, step.lengths, step.counts)
         else:
             out, cache = _cached(q, new, cache, step, chunk)
-        return jnp.einsum("btnh,nhd->btd", out, self.o[...].astype(x.dtype)), cache
+        # Two-dimensional products: XLA copies a three-dimensional weight first on CPU.
+        o = self.o[...].astype(x.dtype)
+        return out.reshape(*x.shape[:2], -1) @ o.reshape(-1, x.shape[2]), cache
 
     def _project(
         self, x: Float[Array, "b t d"], tokens: Tokens
     ) -> tuple[Float[Array, "b t n h"], KeyValues]:
         """Queries, scaled, and keys and values, as the softmax wants them."""
         q, k, v = (
-            jnp.einsum("btd,dnh->btnh", x, w[...].astype(x.dtype)) for w in (self.q, self.k, self.v)
+            (x @ w[...].astype(x.dtype).reshape(w.shape[0], -1)).reshape(*x.shape[:2], *w.shape[1:])
+            for w in (self.q, self.k, self.v)
         )
         scale = self.config.head_dim**-0.5
         if self.kind == "global":

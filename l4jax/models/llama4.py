@@ -279,8 +279,7 @@ def _in_layer_order(scanned: tuple, tail: list) -> Routing | None:
 def unrolled(model: Llama) -> Llama:
     """The same model with every layer in `tail`; its scanned parameters are sliced, so copied.
 
-    For decoding on CPU: there a scan copies each layer's weights at every step, which costs as much
-    as multiplying one token by them.
+    For decoding on CPU: there a scan copies each layer's weights at every step.
     """
     if not model.periods:
         return model

@@ -1,0 +1,1 @@
+"""Straight-line recipes, each runnable on a laptop by default."""

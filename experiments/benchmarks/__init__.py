@@ -1,0 +1,1 @@
+"""Measurements against other implementations, alternated in one run."""
