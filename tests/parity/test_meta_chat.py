@@ -10,18 +10,21 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import regex
 import tokenizers
-import transformers
-from llama_models import datatypes
-from llama_models.llama3 import chat_format as chat3
-from llama_models.llama3 import tokenizer as meta3
-from llama_models.llama4 import tokenizer as meta4
 from tokenizers import pre_tokenizers
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from l4jax.data import tokenizer as tk
 from l4jax.data.chat import ToolFormat, render
+
+regex = pytest.importorskip("regex", reason="needs llama-models: pip install l4jax[parity]")
+transformers = pytest.importorskip("transformers", reason="pip install l4jax[parity]")
+pytest.importorskip("llama_models", reason="needs llama-models: pip install l4jax[parity]")
+
+datatypes = importlib.import_module("llama_models.datatypes")
+chat3 = importlib.import_module("llama_models.llama3.chat_format")
+meta3 = importlib.import_module("llama_models.llama3.tokenizer")
+meta4 = importlib.import_module("llama_models.llama4.tokenizer")
+TikTokenConverter = importlib.import_module("transformers.convert_slow_tokenizer").TikTokenConverter
 
 pytestmark = pytest.mark.parity
 
