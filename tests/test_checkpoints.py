@@ -64,6 +64,15 @@ def edit(file, change):
 
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_relative_paths_are_as_good_as_absolute_ones(to, tmp_path, monkeypatch):
+    from l4jax import checkpoints
+
+    monkeypatch.chdir(tmp_path)
+    checkpoints.save(model_of("llama3.2-1b"), "folder/x", to=to)
+    assert_same(checkpoints.load("folder/x"), model_of("llama3.2-1b"))
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "name", ["llama4-scout", "llama4-maverick", "llama-guard-4", "llama3.2-1b"]

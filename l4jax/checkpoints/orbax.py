@@ -47,7 +47,7 @@ def read_config(directory: pathlib.Path) -> TextConfig:
 def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | None) -> Llama:
     """The model in a directory; see `checkpoints.load` for the arguments."""
     config = read_config(directory)
-    there = _same_keys(ocp.metadata(directory / "parameters").metadata)
+    there = _same_keys(ocp.metadata(_parameters(directory)).metadata)
     execution = execution or Execution.for_parameters(dtype or there["embed"].dtype)
     execution = dataclasses.replace(execution, scan="layers" in there)
     model = nnx.eval_shape(lambda: Llama(config, execution=execution, rngs=nnx.Rngs(0)))
@@ -61,19 +61,24 @@ def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | N
         layout,
         there,
     )
-    values = ocp.load(directory / "parameters", wanted)
+    values = ocp.load(_parameters(directory), wanted)
     nnx.replace_by_pure_dict(abstract, values)
     return nnx.merge(graph, abstract)
 
 
 def save(model: Llama, directory: pathlib.Path) -> None:
     """Writes the parameters and, last of all, the marker into an existing directory."""
-    ocp.save(directory.absolute() / "parameters", nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    ocp.save(_parameters(directory), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     marker = {
         "format": _FORMAT,
         "config": dataclasses.asdict(model.config),
     }
     write_json(directory / MARKER, marker)
+
+
+def _parameters(directory: pathlib.Path) -> pathlib.Path:
+    """Orbax refuses relative paths."""
+    return directory.absolute() / "parameters"
 
 
 def _same_keys(tree: Any) -> Any:
