@@ -51,7 +51,7 @@ class Demo(Output):
 
     out: pathlib.Path = pathlib.Path("runs/demo")
     """Folder for checkpoints, curves, samples and the report; an earlier demo's is replaced."""
-    steps: int = 500
+    steps: int = 800
     """Pre-training updates of 1024 tokens each."""
     seed: int = 0
     """Of the initial parameters, the order of the data and the samples."""
