@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+class UsageError(ValueError):
+    """Options that do not go together or are out of range."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
     """What every verb has."""
@@ -110,9 +114,18 @@ class Generate(Output):
         """Generates, printing text as it comes."""
         from l4jax import checkpoints, inference
         from l4jax.data import chat, tokenizer
+        from l4jax.inference import sampling
 
         if self.system is not None and not self.chat:
-            raise ValueError("--system is part of a conversation: add --chat")
+            raise UsageError("--system is part of a conversation: add --chat")
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed {self.seed} must be from 0 to {2**32 - 1}")
+        try:
+            sampling.Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         checkpoints.read_config(self.checkpoint)
         coder = tokenizer.load(self.checkpoint)
         if self.chat:
@@ -135,7 +148,8 @@ class Generate(Output):
             seed=self.seed,
             stop_ids=coder.stop_ids,
         ):
-            piece = decoder.push(token)
+            # A vocabulary padded beyond the tokenizer's has ids that are no text.
+            piece = decoder.push(token) if token < coder.vocab_size else ""
             new.append(token)
             text += piece
             if not self.json:
@@ -174,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         print(f"l4jax: {kind}{' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     return 0
 
 

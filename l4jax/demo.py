@@ -66,10 +66,12 @@ def run(out: pathlib.Path, *, steps: int, seed: int, console: Console) -> dict[s
         console: where progress goes.
 
     Raises:
-        ValueError: `steps` is too small, or `out` holds something that no demo made.
+        ValueError: `steps` or `seed` is out of range, or `out` holds what no demo made.
     """
     if steps < 2:
         raise ValueError(f"steps {steps} must be at least 2: one to warm up, one to learn")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed} must be from 0 to {2**32 - 1}")
     begun = time.perf_counter()
     _clear(out)
     data = prepare(out, seed=seed, console=console)
@@ -312,7 +314,7 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def _clear(out: pathlib.Path) -> None:
-    """Makes `out` an empty folder, if nothing but an earlier demo's files would be lost."""
+    """Makes `out` an empty folder, if only an earlier demo's files and folders are in it."""
     known = {_MARKER, *_MADE, *_MADE_FOLDERS}
     if out.exists():
         if not out.is_dir():

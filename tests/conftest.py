@@ -6,13 +6,14 @@ import functools
 import pathlib
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+chex.set_n_cpu_devices(8)
 # Tests compile more than they compute.
 jax.config.update("jax_disable_most_optimizations", True)
 

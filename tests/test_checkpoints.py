@@ -8,6 +8,7 @@ import gc
 import json
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -31,10 +32,9 @@ def leaves(model):
 
 def assert_same(one, two):
     assert one.config == two.config
-    assert jax.tree.structure(nnx.state(one)) == jax.tree.structure(nnx.state(two))
-    for a, b in zip(leaves(one), leaves(two), strict=True):
-        assert a.dtype == b.dtype
-        assert np.array_equal(a, b)
+    states = [nnx.to_pure_dict(nnx.state(model)) for model in (one, two)]
+    chex.assert_trees_all_equal_shapes_and_dtypes(*states)
+    chex.assert_trees_all_equal(*states)
 
 
 def cast(model, dtype):
@@ -221,6 +221,55 @@ def test_what_the_format_cannot_say_is_refused(tmp_path):
     assert_same(checkpoints.load(tmp_path / "x"), odd)
 
 
+def test_a_dense_model_as_the_published_converter_writes_it_is_read(tmp_path):
+    """Llama Guard 4: no experts at all, a step of 0, and an interval that no layer reaches."""
+    from l4jax import checkpoints
+
+    model = model_of("llama-guard-4")
+    checkpoints.save(model, tmp_path / "x", to="hf")
+
+    def change(values):
+        for name in ("layer_types", "no_rope_layers"):
+            del values[name]
+        values.update(num_local_experts=0, interleave_moe_layer_step=0, moe_layers=[])
+        values.update(no_rope_layer_interval=80, attention_chunk_size=None)
+
+    edit(tmp_path / "x" / "config.json", change)
+    loaded = checkpoints.load(tmp_path / "x")
+    assert set(loaded.config.layers) == set(model.config.layers)
+    assert_same(loaded.tail if model.periods == 0 else loaded, model)
+
+
+def test_numbers_that_are_no_weights_are_refused(tmp_path):
+    from l4jax import checkpoints
+
+    model = model_of("llama3.2-1b")
+    narrow = jax.tree.map(lambda x: x.astype("int8"), model)
+    checkpoints.save(narrow, tmp_path / "x", to="hf")
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight holds int8; only float32"):
+        checkpoints.load(tmp_path / "x")
+
+
+def test_a_stack_takes_the_widest_type_of_its_layers(tmp_path):
+    from l4jax import checkpoints
+    from l4jax.checkpoints import safetensors
+
+    model = model_of("llama3.2-1b")
+    checkpoints.save(model, tmp_path / "x", to="hf")
+    entries = safetensors.scan(tmp_path / "x")
+    first = "model.layers.0.self_attn.q_proj.weight"
+
+    def tensor(name, entry):
+        dtype = safetensors.DTYPES["BF16"] if name == first else entry.dtype
+        value = np.array(entry.read()).astype(dtype)
+        return safetensors.Tensor(name, entry.shape, dtype, lambda: value)
+
+    safetensors.write(tmp_path / "x", [tensor(*item) for item in entries.items()])
+    loaded = checkpoints.load(tmp_path / "x").layers[0].attention.q[...]
+    assert loaded.dtype == np.float32
+    np.testing.assert_array_equal(loaded[1], model.layers[0].attention.q[...][1])
+
+
 CONFIGURATIONS = [
     (lambda v: v.update(model_type="mixtral"), "model_type 'mixtral' is not supported"),
     (lambda v: v.update(sliding_window=5), "field 'sliding_window' .* is unknown"),
@@ -231,9 +280,17 @@ CONFIGURATIONS = [
     (lambda v: v.update(hidden_size="64"), "hidden_size '64' must be of type int"),
     (lambda v: v.update(num_key_value_heads=3), "must be a multiple of num_kv_heads 3"),
     (lambda v: v.update(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "'yarn'"),
-    (lambda v: v.update(no_rope_layers=[1, 1]), "shorter than"),
+    (lambda v: v.update(no_rope_layers=[1, 1]), "must name each"),
     (lambda v: v.update(vocab_size=511), "calls for"),
-    (lambda v: v.update(num_hidden_layers=4), "no rule matches"),
+    (lambda v: v.update(num_hidden_layers=4), "must name each"),
+    (lambda v: v.update(num_hidden_layers=4, layer_types=None), "no rule matches"),
+    (lambda v: v.update(layer_types=["sliding_attention"] * 5), "sliding_attention"),
+    (lambda v: v.update(moe_layers=[0, 99]), "must lie between"),
+    (lambda v: v.update(num_attention_heads=0), "config.json: .*num_heads 0"),
+    (
+        lambda v: v.update(rope_parameters={"rope_type": "default", "rope_theta": 9.0}),
+        "contradict each other",
+    ),
     (lambda v: v.update(tie_word_embeddings=True), None),
 ]
 

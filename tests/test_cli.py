@@ -185,8 +185,8 @@ def test_as_a_process_bad_usage_is_exit_code_2():
 
 
 # --- Errors --------------------------------------------------------------------------------------
-def assert_one_line(result, *words):
-    assert (result.code, result.out) == (1, "")
+def assert_one_line(result, *words, code=1):
+    assert (result.code, result.out) == (code, "")
     assert result.err.startswith("l4jax: ")
     assert result.err.count("\n") == 1
     for word in words:
@@ -261,6 +261,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(run, copy, tmp_path, tok):
         (["--top-p", "1.5"], "top_p 1.5 must be"),
         (["--top-k", "-3"], "top_k -3 must be 0 or more"),
         (["--max-new-tokens", "0"], "max_new_tokens 0 must be at least 1"),
+        (["--seed", "99999999999999999999"], "seed 99999999999999999999 must be from 0"),
         (["--system", "Be brief."], "--system is part of a conversation: add --chat"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -268,7 +269,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(run, copy, tmp_path, tok):
 @pytest.mark.parametrize("json_", [[], ["--json"]], ids=["text", "json"])
 def test_values_that_cannot_be_are_refused(run, checkpoint, arguments, message, json_):
     result = run("generate", checkpoint, "--prompt", PROMPT, *arguments, *json_)
-    assert_one_line(result, message)
+    assert_one_line(result, message, code=2)
 
 
 def test_debug_shows_the_whole_error(run, tmp_path):

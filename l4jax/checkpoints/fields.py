@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 # fmt: off
 HARMLESS = frozenset({
-    "_name_or_path", "add_cross_attention", "architectures", "bad_words_ids",
+    "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures",
+    "bad_words_ids",
     "begin_suppress_tokens", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
     "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample",
     "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id",
@@ -25,7 +26,8 @@ HARMLESS = frozenset({
     "return_dict", "return_dict_in_generate", "router_aux_loss_coef", "sep_token_id",
     "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
     "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
-    "transformers_version", "typical_p", "unsloth_version", "use_bfloat16", "use_cache",
+    "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16",
+    "use_cache",
 })
 # fmt: on
 """Fields that change neither the parameters nor the logits of an inference pass."""
@@ -91,13 +93,20 @@ class Fields:
 
 def rope_from(fields: Fields, *, default_theta: float) -> Rope:
     """RoPE from either spelling: `rope_theta` with `rope_scaling`, or `rope_parameters`."""
-    theta = fields.take("rope_theta", float, default_theta)
+    theta = fields.take("rope_theta", float, None)
     old, new = fields.take("rope_scaling", dict, None), fields.take("rope_parameters", dict, None)
+    if new and theta is not None and new.get("rope_theta", theta) != theta:
+        raise ValueError(f"rope_theta {theta} and rope_parameters {new} contradict each other")
+    if new and old and {"rope_theta": None} | old != new | {"rope_theta": None}:
+        raise ValueError(f"rope_scaling {old} and rope_parameters {new} contradict each other")
+    theta = default_theta if theta is None else theta
     spelling = "rope_parameters" if new else "rope_scaling"
     section = Fields(new or old or {}, f"{fields.source}: {spelling}")
     theta = section.take("rope_theta", float, theta)
-    kind = section.take("rope_type", str, section.take("type", str, "default"))
-    section.expect("type", kind)
+    older = section.take("type", str, None)
+    kind = section.take("rope_type", str, older or "default")
+    if older not in (None, kind):
+        raise ValueError(f"{spelling}: type {older!r} contradicts rope_type {kind!r}")
     if kind == "default":
         section.finish()
         return Rope(theta=theta)

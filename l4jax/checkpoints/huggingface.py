@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -27,6 +28,7 @@ from l4jax.checkpoints.tables import (
 from l4jax.config import Execution, TextConfig
 from l4jax.models.llama4 import Llama
 
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 """Buffers that early transformers versions saved; RoPE is computed."""
 
@@ -51,6 +53,8 @@ def read_config(file: pathlib.Path) -> tuple[TextConfig, str]:
         kind = values["model_type"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: no valid model configuration: {error!r}") from None
+    if "quantization_config" in values:
+        raise ValueError(f"{file}: quantized checkpoints (quantization_config) are not supported")
     if kind == "llama4":
         whole = Fields(values, str(file))
         text = whole.take("text_config", dict)
@@ -68,9 +72,10 @@ def read_config(file: pathlib.Path) -> tuple[TextConfig, str]:
             f"{file}: model_type {kind!r} is not supported; "
             f"supported are {', '.join((*llama3.MODEL_TYPES, *llama4.MODEL_TYPES))}"
         )
-    if "quantization_config" in values:
-        raise ValueError(f"{file}: quantized checkpoints (quantization_config) are not supported")
-    config = family.config_from(fields)
+    try:
+        config = family.config_from(fields)
+    except ValueError as error:
+        raise ValueError(f"{file}: {str(error).removeprefix(f'{fields.source}: ')}") from None
     fields.finish()
     return config, prefix
 
@@ -114,6 +119,11 @@ def inspect(directory: pathlib.Path) -> Source:
                 f"{found.file}: {match.theirs} has shape {found.shape}; the configuration calls "
                 f"for {wanted}"
             )
+        if found.dtype.name not in _FLOATS:
+            raise ValueError(
+                f"{found.file}: {match.theirs} holds {found.dtype.name}; only "
+                f"{', '.join(_FLOATS)} are read"
+            )
     return Source(config, matches, entries)
 
 
@@ -139,8 +149,8 @@ def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | N
     layout = dict(nnx.to_flat_state(sharding.shardings(abstract)))
 
     def fill(path: tuple, param: nnx.Variable) -> nnx.Variable:
-        stored = source.entries[holders[path][0][0].theirs].dtype
-        wanted = np.dtype(dtype) if dtype is not None else stored
+        stored = {source.entries[match.theirs].dtype for match, _, _ in holders[path]}
+        wanted = np.dtype(dtype) if dtype is not None else np.dtype(jnp.result_type(*stored))
         by_index = {index: (match, part) for match, part, index in holders[path]}
 
         def read(where: tuple[slice, ...] | None) -> np.ndarray:

@@ -82,28 +82,30 @@ def config_from(fields: Fields) -> TextConfig:
     step = fields.take("interleave_moe_layer_step", int, 1)
     routed = fields.take("moe_layers", list, None)
     if routed is None:
-        routed = list(range(step - 1, layers, step))
+        # Dense models say so by a step of 0.
+        routed = list(range(step - 1, layers, step)) if step > 0 else []
     types = fields.take("layer_types", list, None)
     fields.expect("hidden_act", "silu")
     fields.expect("attention_bias", False)
     fields.expect("router_jitter_noise", 0.0)
     fields.expect("attention_dropout", 0.0)
-    if len(rotates) < layers or (types is not None and len(types) < layers):
-        raise ValueError(f"{fields.source}: no_rope_layers or layer_types is shorter than {layers}")
+    if len(rotates) < layers or (types is not None and len(types) != layers):
+        raise ValueError(f"no_rope_layers and layer_types must name each of the {layers} layers")
+    unknown = set(types or ()) - {"chunked_attention", "full_attention"}
+    if unknown:
+        raise ValueError(f"layer_types {sorted(unknown)} are not supported")
+    if not set(routed) <= set(range(layers)):
+        raise ValueError(f"moe_layers {routed} must lie between 0 and {layers - 1}")
     kinds = []
     for i in range(layers):
         chunked = chunk is not None and (types[i] if types else "chunked") != "full_attention"
         if not rotates[i] and types is not None and types[i] != "full_attention":
-            raise ValueError(f"{fields.source}: layer {i} has no RoPE but layer_type {types[i]!r}")
+            raise ValueError(f"layer {i} has no RoPE but layer_type {types[i]!r}")
         rotating: AttentionKind = "chunked" if chunked else "causal"
         kinds.append(Layer(rotating if rotates[i] else "global", "moe" if i in routed else "dense"))
     width = fields.take("intermediate_size", int)
-    moe = MoE(
-        num_experts=fields.take("num_local_experts", int, 16),
-        experts_per_token=fields.take("num_experts_per_tok", int, 1),
-        mlp_dim=width,
-        shared_mlp_dim=width,
-    )
+    experts = fields.take("num_local_experts", int, 16)
+    per_token = fields.take("num_experts_per_tok", int, 1)
     floor, scale = fields.take("floor_scale", int, 8192), fields.take("attn_scale", float, 0.1)
     # Early configurations hold the integer 4 here, meaning true.
     tuned = bool(fields.take("attn_temperature_tuning", int, True))
@@ -123,7 +125,14 @@ def config_from(fields: Fields) -> TextConfig:
             temperature=Temperature(floor=floor, scale=scale) if tuned else None,
         ),
         pattern=shortest_pattern(kinds),
-        moe=moe if routed else None,
+        moe=MoE(
+            num_experts=experts,
+            experts_per_token=per_token,
+            mlp_dim=width,
+            shared_mlp_dim=width,
+        )
+        if routed
+        else None,
         norm_eps=fields.take("rms_norm_eps", float, 1e-5),
         tie_embeddings=fields.take("tie_word_embeddings", bool, False),
     )

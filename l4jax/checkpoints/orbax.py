@@ -53,15 +53,21 @@ def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | N
     model = nnx.eval_shape(lambda: Llama(config, execution=execution, rngs=nnx.Rngs(0)))
     graph, abstract = nnx.split(model)
     layout = nnx.to_pure_dict(sharding.shardings(abstract))
+    shapes = nnx.to_pure_dict(abstract)
+    _check_same(shapes, there, directory)
     wanted = jax.tree.map(
         lambda param, place, saved: jax.ShapeDtypeStruct(
             param.shape, jnp.dtype(dtype or saved.dtype), sharding=place
         ),
-        nnx.to_pure_dict(abstract),
+        shapes,
         layout,
         there,
     )
-    values = ocp.load(_parameters(directory), wanted)
+    try:
+        values = ocp.load(_parameters(directory), wanted)
+    except Exception as error:  # whatever the storage library raises
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{directory}: its parameters cannot be read: {reason}") from error
     nnx.replace_by_pure_dict(abstract, values)
     return nnx.merge(graph, abstract)
 
@@ -74,6 +80,21 @@ def save(model: Llama, directory: pathlib.Path) -> None:
         "config": dataclasses.asdict(model.config),
     }
     write_json(directory / MARKER, marker)
+
+
+def _check_same(wanted: Any, found: Any, directory: pathlib.Path) -> None:
+    """Raises ValueError naming the first parameter that is missing, unknown or of another shape."""
+    sides = [
+        {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in tree}
+        for tree in map(jax.tree_util.tree_leaves_with_path, (wanted, found))
+    ]
+    for name in sorted(sides[0] | sides[1]):
+        ours, theirs = (side.get(name) for side in sides)
+        if ours != theirs:
+            raise ValueError(
+                f"{directory}: parameter {name} has shape {theirs}; the configuration in {MARKER} "
+                f"calls for {ours}"
+            )
 
 
 def _parameters(directory: pathlib.Path) -> pathlib.Path:

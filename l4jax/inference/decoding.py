@@ -90,7 +90,7 @@ def generate(  # noqa: PLR0913 - keywords that callers know from other libraries
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     prompts, counts = _padded(tokens, lengths)
-    _check(model, prompts, counts, max_new_tokens, context)
+    _check(model, prompts, counts, new=max_new_tokens, context=context, seed=seed)
     how = _How(max_new_tokens, sampling, seed, tuple(stop_ids), context, PIECE)
     rows: list[list[int]] = [[] for _ in counts]
     for piece in _pieces(model, prompts, counts, how):
@@ -118,7 +118,7 @@ def stream(  # noqa: PLR0913 - as for generate
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     prompts, counts = _padded([tokens], None)
-    _check(model, prompts, counts, max_new_tokens, context)
+    _check(model, prompts, counts, new=max_new_tokens, context=context, seed=seed)
     how = _How(max_new_tokens, sampling, seed, tuple(stop_ids), context, STREAM_PIECE)
     pieces = _pieces(model, prompts, counts, how)
     return (int(token) for piece in pieces for token in piece[0] if token != _NONE)
@@ -136,13 +136,15 @@ def _padded(
         rows = list(np.asarray(tokens))
         if lengths is not None:
             given = [int(n) for n in lengths]
-            if len(given) != len(rows) or any(n > tokens.shape[1] for n in given):
+            if len(given) != len(rows) or any(not 0 <= n <= tokens.shape[1] for n in given):
                 raise ValueError(f"lengths {given} do not fit tokens of shape {tokens.shape}")
             rows = [row[:n] for row, n in zip(rows, given, strict=True)]
     elif lengths is not None:
         raise ValueError("lengths come with an array of tokens; lists have their own")
     else:
-        rows = [np.asarray(row, np.int64) for row in tokens]
+        rows = [np.asarray(row) if len(row) else np.zeros(0, np.int64) for row in tokens]
+    if not all(np.issubdtype(row.dtype, np.integer) for row in rows):
+        raise ValueError("token ids must be whole numbers")
     if not rows or any(row.ndim != 1 for row in rows):
         raise ValueError("tokens must hold one list of ids for each prompt, and at least one")
     counts = np.asarray([len(row) for row in rows], np.int32)
@@ -161,9 +163,15 @@ def _rounded(n: int) -> int:
 
 
 def _check(
-    model: Llama, prompts: np.ndarray, counts: np.ndarray, new: int, context: int | None
+    model: Llama,
+    prompts: np.ndarray,
+    counts: np.ndarray,
+    *,
+    new: int,
+    context: int | None,
+    seed: int,
 ) -> None:
-    """Raises the ValueErrors of `generate` that concern ids and lengths."""
+    """Raises the ValueErrors of `generate` that concern ids, lengths and the seed."""
     vocabulary = model.config.vocab_size
     outside = np.argwhere((prompts < 0) | (prompts >= vocabulary))
     if len(outside):
@@ -172,6 +180,8 @@ def _check(
             f"token id {prompts[row, column]} at position {column} of row {row} is outside the "
             f"vocabulary of {vocabulary}"
         )
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed} must be from 0 to {2**32 - 1}")
     if new < 1:
         raise ValueError(f"max_new_tokens {new} must be at least 1")
     longest, room = int(counts.max()), model.config.max_context

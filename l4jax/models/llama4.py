@@ -119,10 +119,11 @@ class Llama(nnx.Module):
         """Logits of the token after each token.
 
         Args:
-            tokens: ids below the vocabulary size.
-            positions: each token's absolute position, growing by one along each segment; by
-                default 0, 1, …, t-1, and with `segment_ids` counted from each segment's start.
-            segment_ids: tokens see only tokens of their own segment, which must be contiguous.
+            tokens: ids below the vocabulary size; any other gives NaN.
+            positions: each token's absolute position; where they do not grow by one, another
+                segment begins. By default 0, 1, …, t-1, and with `segment_ids` counted from each
+                segment's start.
+            segment_ids: tokens see only tokens of their own run of equal ids.
         """
         return self.outputs(tokens, positions=positions, segment_ids=segment_ids).logits
 
@@ -140,7 +141,7 @@ class Llama(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         else:
-            where = Where(positions, segment_ids)
+            where = Where(positions, _runs(positions, segment_ids))
         x, _, _, routing = self._decode(tokens, describe(self.config, positions, where))
         return Outputs(self.logits(x), routing)
 
@@ -213,7 +214,10 @@ class Llama(nnx.Module):
         step: Step | None = None,
     ) -> tuple[Array, tuple, tuple, Routing | None]:
         """Hidden states before the final norm, both kinds of caches, and every layer's routing."""
-        x = self.embed[ids].astype(self.execution.dtype)
+        # Compiled code cannot raise, so an id outside the vocabulary gives NaN, not a neighbour.
+        ids = jnp.where(ids < 0, self.config.vocab_size, ids)
+        x = self.embed[...].at[ids].get(mode="fill", fill_value=jnp.nan)
+        x = x.astype(self.execution.dtype)
         x = constrain(x, "batch", "sequence", None)
 
         def period(x: Array, args: tuple) -> tuple[Array, tuple]:
@@ -239,6 +243,14 @@ def segment_positions(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     changed = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
     return index - jax.lax.cummax(jnp.where(changed, index, 0), axis=1)
+
+
+def _runs(positions: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None) -> Int[Array, "b t"]:
+    """Numbers the stretches along which positions grow by one and the segment id stays."""
+    begins = jnp.diff(positions, axis=1) != 1
+    if segment_ids is not None:
+        begins |= jnp.diff(segment_ids, axis=1) != 0
+    return jnp.cumsum(jnp.pad(begins, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
 
 
 def _stacked(config: TextConfig, layer: Layer, periods: int, rngs: nnx.Rngs) -> Block:
