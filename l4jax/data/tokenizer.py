@@ -81,7 +81,7 @@ def _llama4_names() -> list[str]:
 
 
 _RANKS: dict[Family, int] = {"llama3": 128_000, "llama4": 200_000}
-_NAMES: dict[Family, list[str]] = {"llama3": _llama3_names(), "llama4": _llama4_names()}
+SPECIAL_NAMES: dict[Family, list[str]] = {"llama3": _llama3_names(), "llama4": _llama4_names()}
 # Places, in the lists above, of the names that `train` adds: enough for text chats and tools.
 _CHAT: dict[Family, tuple[int, ...]] = {
     "llama3": (0, 1, 4, 6, 7, 8, 9, 10),
@@ -105,7 +105,7 @@ def _with_meta_names(special: dict[str, int], family: Family | None) -> dict[str
     first = special.get("<|begin_of_text|>")
     if family is None or first is None:
         return special
-    ids = {name: first + i for i, name in enumerate(_NAMES[family])}
+    ids = {name: first + i for i, name in enumerate(SPECIAL_NAMES[family])}
     if not set(ids.values()) <= set(special.values()):
         return special
     missing = {name: ids[name] for name in ids if name not in special and "reserved" not in name}
@@ -304,11 +304,11 @@ def train(texts: Iterable[str], *, vocab_size: int, family: Family = "llama4") -
         ValueError: If `vocab_size` has no room for bytes and special tokens, `family` is unknown,
             or `texts` is a single string.
     """
-    if family not in _NAMES:
+    if family not in SPECIAL_NAMES:
         raise ValueError(f"unknown family {family!r}; use one of {', '.join(get_args(Family))}")
     if isinstance(texts, str):
         raise ValueError(f"texts is one string ({texts[:20]!r}...); give a list of documents")
-    names = [_NAMES[family][place] for place in _CHAT[family]]
+    names = [SPECIAL_NAMES[family][place] for place in _CHAT[family]]
     least = 256 + len(names)
     if vocab_size < least:
         raise ValueError(
@@ -337,11 +337,7 @@ def train(texts: Iterable[str], *, vocab_size: int, family: Family = "llama4") -
 # --- Meta rank files -----------------------------------------------------------------------------
 def _from_rank_file(file: Path) -> Tokenizer:
     content = file.read_bytes()
-    pieces = _parse_ranks(content, file)
-    family = next((f for f, count in _RANKS.items() if count == len(pieces)), None)
-    if family is None:
-        known = " or ".join(f"{count} ({f})" for f, count in _RANKS.items())
-        raise ValueError(f"{file} has {len(pieces)} ranks, which no known family has: {known}")
+    family, pieces = read_ranks(content, file)
     encoding = tiktoken.Encoding(
         name=family,
         pat_str=SPLIT_PATTERNS[family],
@@ -350,14 +346,14 @@ def _from_rank_file(file: Path) -> Tokenizer:
     )
     return Tokenizer(
         encoding.encode_ordinary,
-        special={name: len(pieces) + i for i, name in enumerate(_NAMES[family])},
-        pieces=pieces + [name.encode() for name in _NAMES[family]],
+        special={name: len(pieces) + i for i, name in enumerate(SPECIAL_NAMES[family])},
+        pieces=pieces + [name.encode() for name in SPECIAL_NAMES[family]],
         files={"tokenizer.model": content},
     )
 
 
-def _parse_ranks(content: bytes, file: Path) -> list[bytes]:
-    """The bytes of each rank, in rank order."""
+def read_ranks(content: bytes, file: Path) -> tuple[Family, list[bytes]]:
+    """The family whose rank file this is, and the bytes of each rank in order."""
     ranks: dict[int, bytes] = {}
     seen: set[bytes] = set()
     for number, line in enumerate(content.splitlines(), start=1):
@@ -379,7 +375,11 @@ def _parse_ranks(content: bytes, file: Path) -> list[bytes]:
     if missing is not None:
         raise ValueError(f"{file}: rank {missing} is missing; ranks must run from 0 without a gap")
     _check_bytes(seen, str(file))
-    return [ranks[r] for r in range(len(ranks))]
+    family = next((f for f, count in _RANKS.items() if count == len(ranks)), None)
+    if family is None:
+        known = " or ".join(f"{count} ({f})" for f, count in _RANKS.items())
+        raise ValueError(f"{file} has {len(ranks)} ranks, which no known family has: {known}")
+    return family, [ranks[r] for r in range(len(ranks))]
 
 
 # --- tokenizer.json ------------------------------------------------------------------------------
@@ -416,14 +416,14 @@ def _from_json(text: str, *, source: str, companions: dict[str, bytes]) -> Token
         lambda chunk: encoder.encode(chunk, add_special_tokens=False).ids,
         pieces=_pieces(vocab, added, source),
         special=added,
-        files={"tokenizer.json": text.encode(), "tokenizer_config.json": _config(added)}
+        files={"tokenizer.json": text.encode(), "tokenizer_config.json": config_json(added)}
         | companions,
     )
 
 
 def _pieces(vocab: dict[str, int], added: dict[str, int], source: str) -> list[bytes]:
     """The bytes of each id; an id that no token has gets none."""
-    to_byte = _byte_symbols()
+    to_byte = byte_symbols()
     pieces = [b""] * (1 + max((*vocab.values(), *added.values()), default=-1))
     for token, index in vocab.items():
         try:
@@ -438,7 +438,7 @@ def _pieces(vocab: dict[str, int], added: dict[str, int], source: str) -> list[b
     return pieces
 
 
-def _byte_symbols() -> dict[str, int]:
+def byte_symbols() -> dict[str, int]:
     """The byte that each printable symbol of a byte-level vocabulary stands for.
 
     Visible Latin-1 characters stand for themselves; the other bytes take, in order, the characters
@@ -450,7 +450,7 @@ def _byte_symbols() -> dict[str, int]:
     return symbols | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-def _config(special: dict[str, int]) -> bytes:
+def config_json(special: dict[str, int]) -> bytes:
     """A tokenizer_config.json with the names that transformers wants to know."""
     roles = {
         "bos_token": ("<|begin_of_text|>",),
