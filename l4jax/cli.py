@@ -7,11 +7,14 @@ imported when it runs, so that `--help` is instant.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -166,7 +169,154 @@ class Generate(Output):
         self.print(result, lambda console: print(rest))
 
 
-VERBS: dict[str, Any] = {"demo": Demo, "info": Info, "generate": Generate}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert(Output):
+    """Write a checkpoint in another format, in constant memory; the same command resumes."""
+
+    source: Annotated[pathlib.Path, tyro.conf.Positional]
+    """Directory of the checkpoint: Hugging Face's, Meta's or ours, as its files show."""
+    destination: Annotated[pathlib.Path, tyro.conf.Positional]
+    """Directory to make."""
+    to: Literal["orbax", "hf", "meta"]
+    """Format to write."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of floating-point tensors; given, quantized weights are multiplied out. As they are by
+    default."""
+    quantize: Literal["int8", "int4", "fp8"] | None = None
+    """Store routed experts, or a dense model's feed-forward layers, in few bits."""
+    group_size: int = 128
+    """Inputs that share a scale in int4."""
+    max_shard_size: str = "5GB"
+    """Size at which a new safetensors file begins, such as 500MB or 5GB."""
+    shards: int = 1
+    """Model-parallel files of Meta's format."""
+    licence: Literal["3.0", "3.1", "3.2", "3.3", "4", "none"] | None = None
+    """Llama licence of the weights, "none" if they are your own; found out by default."""
+    name: str | None = None
+    """What the model is called in its card; the destination's name by default."""
+    any_name: bool = False
+    """Allow a --name without the prefix that the licence demands of derivatives."""
+
+    def run(self) -> None:
+        """Converts."""
+        from l4jax import checkpoints
+        from l4jax.checkpoints.plan import check_options
+
+        try:
+            options = checkpoints.Options(
+                dtype=self.dtype,
+                scheme=self.quantize,
+                group=self.group_size,
+                max_shard_bytes=parse_size(self.max_shard_size),
+                shards=self.shards,
+            )
+            check_options(self.to, options)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        with bytes_bar(self.console(), f"{self.source} → {self.destination}") as begin:
+            report = checkpoints.convert(
+                self.source,
+                self.destination,
+                to=self.to,
+                options=options,
+                licence=self.licence,
+                name=self.name,
+                any_name=self.any_name,
+                begin=begin,
+            )
+
+        def show(console: Console) -> None:
+            console.print(
+                f"{report['destination']}: {report['tensors']:,} tensors, "
+                f"{report['bytes'] / 1e9:,.2f} GB, {report['megabytes_per_second']:,.0f} MB/s",
+                highlight=False,
+                markup=False,
+            )
+            for note in report["notes"]:
+                console.print(note, highlight=False, markup=False)
+
+        self.print(report, show)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify(Output):
+    """Check that a checkpoint is whole: every tensor there, finite, and as it was written."""
+
+    checkpoint: Annotated[pathlib.Path, tyro.conf.Positional]
+    """Directory in any of the formats."""
+
+    def run(self) -> None:
+        """Reads everything."""
+        from l4jax import checkpoints
+
+        with bytes_bar(self.console(), str(self.checkpoint)) as begin:
+            report = checkpoints.verify(self.checkpoint, begin=begin)
+
+        def show(console: Console) -> None:
+            sums = f"{report['checksums']:,} checksums" if report["checksums"] else "no checksums"
+            md5 = f", {report['md5_sums']} MD5 sums" if report["md5_sums"] else ""
+            console.print(
+                f"{report['checkpoint']}: whole; {report['tensors']:,} tensors, "
+                f"{report['bytes'] / 1e9:,.2f} GB, {sums}{md5}",
+                highlight=False,
+                markup=False,
+            )
+
+        self.print(report, show)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "500MB", "5GB", "2GiB" or "1000000".
+
+    Raises:
+        ValueError: it is none, or not positive.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"size {text!r} must be a number of bytes, such as 500MB, 5GB or 2GiB")
+    power = " kmgt".index(match[2].lower()) if match[2] else 0
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size < 1:
+        raise ValueError(f"size {text!r} must be at least one byte")
+    return size
+
+
+@contextlib.contextmanager
+def bytes_bar(
+    console: Console, title: str
+) -> Iterator[Callable[[int, int], Callable[[int], None]]]:
+    """A progress bar with bytes, rate and time left.
+
+    It begins when what it gives is called with the total and with what was done before; that
+    returns what is to be called with every number of bytes.
+    """
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    # Without a terminal even a bar that nobody sees would leave its last state behind.
+    quiet = not console.is_terminal
+    with progress.Progress(*columns, console=console, disable=quiet) as bar:
+
+        def begin(total: int, done: int) -> Callable[[int], None]:
+            task = bar.add_task(title, total=total, completed=done)
+            return lambda size: bar.advance(task, size)
+
+        yield begin
+
+
+VERBS: dict[str, Any] = {
+    "demo": Demo,
+    "info": Info,
+    "generate": Generate,
+    "convert": Convert,
+    "verify": Verify,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

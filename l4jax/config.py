@@ -177,6 +177,52 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The architecture of Llama 4's vision encoder, its adapter and its projector.
+
+    No module computes it yet; checkpoints carry its tensors through every format.
+    """
+
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    mlp_dim: int
+    output_dim: int
+    """Width of the adapter, which the projector turns into the decoder's."""
+    image_size: int
+    """Pixels of a tile's side."""
+    patch_size: int
+    channels: int = 3
+    pixel_shuffle: int = 2
+    """Patches on a side that become one; their channels are stacked."""
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        positive(self, *(field.name for field in dataclasses.fields(self)))
+        if self.embed_dim % self.num_heads or self.head_dim % 4:
+            raise ValueError(
+                f"vision embed_dim {self.embed_dim} over {self.num_heads} heads must give a "
+                f"multiple of 4: RoPE turns pairs along two axes"
+            )
+        if self.image_size % self.patch_size or self.side % self.pixel_shuffle:
+            raise ValueError(
+                f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size} "
+                f"times pixel_shuffle {self.pixel_shuffle}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def side(self) -> int:
+        """Patches on a tile's side."""
+        return self.image_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
     """How a model computes, which changes its speed and memory but not what it is."""
 

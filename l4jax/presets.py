@@ -21,6 +21,7 @@ from l4jax.config import (
     RopeScaling,
     Temperature,
     TextConfig,
+    VisionConfig,
 )
 
 _CHUNKED_TO_GLOBAL: tuple[AttentionKind, ...] = ("chunked", "chunked", "chunked", "global")
@@ -35,6 +36,8 @@ class Preset(NamedTuple):
     note: str = ""
     assumed: tuple[str, ...] = ()
     """Values that Meta did not publish: our assumptions, in words."""
+    vision: VisionConfig | None = None
+    """Of the published package's image encoder, if it has one."""
 
 
 def llama4_scout(max_context: int = 10_485_760) -> TextConfig:
@@ -91,6 +94,19 @@ def llama_guard_4() -> TextConfig:
         attention=dataclasses.replace(scout.attention, chunk_size=None, temperature=None),
         pattern=(Layer("causal", "dense"),),
         moe=None,
+    )
+
+
+def llama4_vision() -> VisionConfig:
+    """The image encoder that every published Llama 4 carries."""
+    return VisionConfig(
+        num_layers=34,
+        embed_dim=1408,
+        num_heads=16,
+        mlp_dim=5632,
+        output_dim=4096,
+        image_size=336,
+        patch_size=14,
     )
 
 
@@ -157,6 +173,25 @@ def tiny(config: TextConfig) -> TextConfig:
     )
 
 
+def tiny_vision(config: VisionConfig) -> VisionConfig:
+    """`config` at test size."""
+    return dataclasses.replace(
+        config,
+        num_layers=3,
+        embed_dim=32,
+        num_heads=4,
+        mlp_dim=128,
+        output_dim=48,
+        image_size=24,
+        patch_size=6,
+    )
+
+
+def same_but_context(one: TextConfig, other: TextConfig) -> bool:
+    """Whether two architectures differ in nothing but the longest context."""
+    return dataclasses.replace(one, max_context=other.max_context) == other
+
+
 def get(name: str) -> Preset:
     """The preset called `name`; `tiny-NAME` is the tiny twin of NAME.
 
@@ -171,7 +206,10 @@ def get(name: str) -> Preset:
     if base == name:
         return preset
     return preset._replace(
-        make=lambda: tiny(preset.make()), note=f"Tiny twin of {base}, for tests.", assumed=()
+        make=lambda: tiny(preset.make()),
+        note=f"Tiny twin of {base}, for tests.",
+        assumed=(),
+        vision=preset.vision and tiny_vision(preset.vision),
     )
 
 
@@ -220,13 +258,23 @@ _FACTOR_32 = (
 )
 
 PRESETS: dict[str, Preset] = {
-    "llama4-scout": Preset(llama4_scout, "Llama 4", "Instruction-tuned: 10 Mi tokens."),
-    "llama4-scout-base": Preset(
-        lambda: llama4_scout(262_144), "Llama 4", "Pre-trained: 256 Ki tokens."
+    "llama4-scout": Preset(
+        llama4_scout, "Llama 4", "Instruction-tuned: 10 Mi tokens.", vision=llama4_vision()
     ),
-    "llama4-maverick": Preset(llama4_maverick, "Llama 4", "Instruction-tuned: 1 Mi tokens."),
+    "llama4-scout-base": Preset(
+        lambda: llama4_scout(262_144),
+        "Llama 4",
+        "Pre-trained: 256 Ki tokens.",
+        vision=llama4_vision(),
+    ),
+    "llama4-maverick": Preset(
+        llama4_maverick, "Llama 4", "Instruction-tuned: 1 Mi tokens.", vision=llama4_vision()
+    ),
     "llama4-maverick-base": Preset(
-        lambda: llama4_maverick(262_144), "Llama 4", "Pre-trained: 256 Ki tokens."
+        lambda: llama4_maverick(262_144),
+        "Llama 4",
+        "Pre-trained: 256 Ki tokens.",
+        vision=llama4_vision(),
     ),
     "llama4-behemoth": Preset(
         llama4_behemoth,
@@ -247,6 +295,7 @@ PRESETS: dict[str, Preset] = {
             "qk-norm and RoPE scaling as in Scout; its own configuration file was not readable",
             "context 8192, the limit that servers set for it",
         ),
+        vision=llama4_vision(),
     ),
     "llama3-8b": Preset(llama3_8b, "Llama 3"),
     "llama3-70b": Preset(llama3_70b, "Llama 3"),

@@ -108,6 +108,21 @@ def shardings(abstract: nnx.State) -> nnx.State:
     return jax.tree.map(place, abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def divisible(place: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """`place` for an array of this shape: dimensions that it does not divide stay whole.
+
+    For the scales of quantized weights, which have one entry where the weight has many.
+    """
+
+    def parts(axes: str | tuple[str, ...] | None) -> int:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return math.prod(place.mesh.shape[name] for name in names)
+
+    entries = (*place.spec, *(None,) * (len(shape) - len(place.spec)))
+    kept = (axes if n % parts(axes) == 0 else None for axes, n in zip(entries, shape, strict=True))
+    return NamedSharding(place.mesh, PartitionSpec(*kept))
+
+
 def create(make: Callable[[], T]) -> T:
     """The module that `make` builds, each parameter made in place on the current mesh."""
     graph, abstract = nnx.split(nnx.eval_shape(make))

@@ -242,10 +242,18 @@ def test_a_dense_model_as_the_published_converter_writes_it_is_read(tmp_path):
 
 def test_numbers_that_are_no_weights_are_refused(tmp_path):
     from l4jax import checkpoints
+    from l4jax.checkpoints import safetensors
 
     model = model_of("llama3.2-1b")
     narrow = jax.tree.map(lambda x: x.astype("int8"), model)
-    checkpoints.save(narrow, tmp_path / "x", to="hf")
+    with pytest.raises(ValueError, match="embed holds int8 without a scale"):
+        checkpoints.save(narrow, tmp_path / "x", to="hf")
+    checkpoints.save(model, tmp_path / "x", to="hf")
+    integers = [
+        safetensors.Tensor(name, e.shape, np.dtype(np.int8), lambda e=e: np.zeros(e.shape, np.int8))
+        for name, e in safetensors.scan(tmp_path / "x").items()
+    ]
+    safetensors.write(tmp_path / "x", integers)
     with pytest.raises(ValueError, match=r"model.embed_tokens.weight holds int8; only float32"):
         checkpoints.load(tmp_path / "x")
 
@@ -374,7 +382,7 @@ def test_extra_fields_are_written_and_harmless(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(format=2), "format 2"),
+        (lambda v: v.update(format=3), "format 3"),
         (lambda v: v.pop("config"), "config"),
         (lambda v: v["config"].update(depth=3), "no field 'depth'"),
     ],

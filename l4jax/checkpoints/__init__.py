@@ -1,6 +1,10 @@
-"""Models on disk: loading and saving in Hugging Face's format and in Orbax's."""
+"""Models on disk: Hugging Face's format, Meta's and Orbax's; loading, saving and converting."""
 
+from l4jax.checkpoints.convert import convert as convert
 from l4jax.checkpoints.directory import detect as detect
 from l4jax.checkpoints.directory import load as load
 from l4jax.checkpoints.directory import read_config as read_config
+from l4jax.checkpoints.directory import read_model as read_model
 from l4jax.checkpoints.directory import save as save
+from l4jax.checkpoints.manifest import verify as verify
+from l4jax.checkpoints.plan import Options as Options

@@ -7,14 +7,17 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+import l4jax.checkpoints.arrays as arrays
 import l4jax.checkpoints.huggingface as huggingface
+import l4jax.checkpoints.loading as loading
+import l4jax.checkpoints.meta as meta
 import l4jax.checkpoints.orbax as orbax
+from l4jax.checkpoints.formats import Format, Model, Source
 from l4jax.config import Execution, TextConfig
 from l4jax.models.llama4 import Llama
 
-Format = Literal["orbax", "hf"]
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -31,19 +34,35 @@ def detect(path: str | os.PathLike[str]) -> tuple[pathlib.Path, Format]:
         raise NotADirectoryError(f"{directory}: a checkpoint is a directory, this is a file")
     if (directory / orbax.MARKER).exists():
         return directory, "orbax"
-    if (directory / "config.json").exists():
+    if (directory / huggingface.CONFIG).exists():
         return directory, "hf"
+    if (directory / meta.PARAMS).exists():
+        return directory, "meta"
     raise FileNotFoundError(
-        f"{directory}: no checkpoint: neither {orbax.MARKER} (ours) nor config.json (Hugging Face)"
+        f"{directory}: no checkpoint: neither {orbax.MARKER} (ours) nor {huggingface.CONFIG} "
+        f"(Hugging Face) nor {meta.PARAMS} (Meta)"
     )
 
 
-def read_config(path: str | os.PathLike[str]) -> TextConfig:
-    """The architecture of a checkpoint, without its parameters; raises as `load` does."""
+def source(path: str | os.PathLike[str]) -> Source:
+    """What a checkpoint holds, checked but not read; raises as `load` does."""
+    directory, kind = detect(path)
+    return {"orbax": arrays, "hf": huggingface, "meta": meta}[kind].source(directory)
+
+
+def read_model(path: str | os.PathLike[str]) -> Model:
+    """The architectures of a checkpoint's text and vision parts; raises as `load` does."""
     directory, kind = detect(path)
     if kind == "orbax":
-        return orbax.read_config(directory)
-    return huggingface.read_config(directory / "config.json")[0]
+        return orbax.read_marker(directory).model
+    if kind == "hf":
+        return huggingface.describe(directory / huggingface.CONFIG).model
+    return meta.source(directory).model
+
+
+def read_config(path: str | os.PathLike[str]) -> TextConfig:
+    """The text architecture of a checkpoint, without its parameters; raises as `load` does."""
+    return read_model(path).text
 
 
 def load(
@@ -55,9 +74,9 @@ def load(
     """The model in a directory, sharded on the current mesh (`sharding.use`) as it is read.
 
     Args:
-        path: a Hugging Face directory (Llama 4, with or without vision, of which the text part is
-            loaded; Llama 3) or one that `save` wrote.
-        dtype: of the parameters; as stored by default.
+        path: a directory of Hugging Face's (Llama 4, with or without vision, of which the text
+            part is loaded; Llama 3), of Meta's, or one that `save` or `convert` wrote.
+        dtype: of the parameters; as stored by default, quantized ones included.
         execution: how the model computes; by default in the parameters' type.
 
     Raises:
@@ -68,8 +87,9 @@ def load(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r} must be one of {', '.join(_DTYPES)}")
     directory, kind = detect(path)
-    reader = orbax if kind == "orbax" else huggingface
-    return reader.load(directory, dtype=dtype, execution=execution)
+    if kind == "orbax":
+        return orbax.load(directory, dtype=dtype, execution=execution)
+    return loading.build(source(path), dtype=dtype, execution=execution)
 
 
 def save(
@@ -93,8 +113,8 @@ def save(
         FileExistsError: something is already there.
         ValueError: the format is unknown or cannot describe the model.
     """
-    if to not in get_args(Format):
-        raise ValueError(f"format {to!r} must be one of {', '.join(get_args(Format))}")
+    if to not in ("orbax", "hf"):
+        raise ValueError(f"format {to!r} must be one of orbax, hf; `convert` writes the others")
     with new_directory(path) as directory:
         if to == "orbax":
             orbax.save(model, directory)

@@ -1,177 +1,278 @@
-"""A model from and to a Hugging Face directory: config.json beside safetensors."""
+"""Hugging Face directories: config.json beside safetensors, to be read and to be written."""
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import l4jax.checkpoints.compressed as compressed
 import l4jax.checkpoints.llama3 as llama3
 import l4jax.checkpoints.llama4 as llama4
 import l4jax.checkpoints.safetensors as safetensors
-from l4jax import sharding
+import l4jax.checkpoints.vision as vision
 from l4jax.checkpoints.fields import Fields
-from l4jax.checkpoints.tables import (
-    Match,
-    Place,
-    check_complete,
-    expand,
-    places,
-    their_shape,
+from l4jax.checkpoints.formats import (
+    FLOATS,
+    SCALE,
+    Model,
+    Source,
+    Spec,
+    Target,
+    array_shapes,
+    have_sizes,
+    is_llama3,
+    make_files,
+    our_shape,
+    some,
 )
-from l4jax.config import Execution, TextConfig
+from l4jax.checkpoints.rows import Cell, Joined, Rows, Sum
+from l4jax.checkpoints.tables import Match, check_complete, expand, places, their_shape
+from l4jax.config import TextConfig
+from l4jax.kernels.quantized import DTYPES, Quantized, Scheme, scheme_of
 from l4jax.models.llama4 import Llama
 
-_FLOATS = ("float32", "bfloat16", "float16", "float64")
+CONFIG = "config.json"
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 """Buffers that early transformers versions saved; RoPE is computed."""
+_WRITTEN_BY = "4.51.0"
+"""The first transformers version that reads what we write."""
 
 
-class Source(NamedTuple):
-    """What a directory holds: the architecture, its tensors, and how their names begin."""
+class Description(NamedTuple):
+    """What a config.json says. prefix: how the names of text tensors begin."""
 
-    config: TextConfig
-    matches: list[Match]
-    entries: dict[str, safetensors.Entry]
+    model: Model
+    family: ModuleType
+    prefix: str
+    values: dict[str, Any]
 
 
-def read_config(file: pathlib.Path) -> tuple[TextConfig, str]:
-    """The architecture in a config.json, and the prefix of its text tensors.
+class Part(NamedTuple):
+    """One of their tensors: its match, its shape, and the stored tensors that make it up.
+
+    names: one, or one for each of its rows.
+    kinds: the types that it may have.
+    """
+
+    match: Match
+    shape: tuple[int, ...]
+    names: list[str]
+    kinds: tuple[str, ...]
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of each stored tensor."""
+        return self.shape if len(self.names) == 1 else self.shape[1:]
+
+
+def describe(file: pathlib.Path) -> Description:
+    """The architecture in a config.json.
 
     Raises:
-        ValueError: it is no JSON object, of another architecture, or has a field that we do not
-            know and that might matter.
+        ValueError: it is no JSON object, of another architecture, quantized in a way that is not
+            read, or has a field that we do not know and that might matter.
     """
     try:
         values = json.loads(file.read_text())
         kind = values["model_type"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: no valid model configuration: {error!r}") from None
-    if "quantization_config" in values:
-        raise ValueError(f"{file}: quantized checkpoints (quantization_config) are not supported")
-    if kind == "llama4":
-        whole = Fields(values, str(file))
-        text = whole.take("text_config", dict)
-        whole.take("vision_config", dict, None)
-        for name in ("boi_token_index", "eoi_token_index", "image_token_index"):
-            whole.take(name, int, None)
-        whole.expect("tie_word_embeddings", text.get("tie_word_embeddings", False))
-        whole.finish()
-        fields, prefix = Fields(text, f"{file}: text_config"), llama4.TEXT_PREFIX
-    else:
-        fields, prefix = Fields(values, str(file)), ""
     family = {**dict.fromkeys(llama4.MODEL_TYPES, llama4), "llama": llama3}.get(kind)
     if family is None:
         raise ValueError(
             f"{file}: model_type {kind!r} is not supported; "
             f"supported are {', '.join((*llama3.MODEL_TYPES, *llama4.MODEL_TYPES))}"
         )
+    whole = Fields(values, str(file))
+    compressed.check(whole.take("quantization_config", dict, None), str(file))
+    images = None
+    if kind == "llama4":
+        text = whole.take("text_config", dict)
+        seen = whole.take("vision_config", dict, None)
+        images = seen and vision.config_from(Fields(seen, f"{file}: vision_config"))
+        for name in ("boi_token_index", "eoi_token_index", "image_token_index"):
+            whole.take(name, int, None)
+        whole.expect("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        whole.finish()
+        fields, prefix = Fields(text, f"{file}: text_config"), llama4.TEXT_PREFIX
+    else:
+        fields, prefix = whole, ""
     try:
         config = family.config_from(fields)
     except ValueError as error:
         raise ValueError(f"{file}: {str(error).removeprefix(f'{fields.source}: ')}") from None
     fields.finish()
-    return config, prefix
+    return Description(Model(config, images or None), family, prefix, values)
 
 
-def inspect(directory: pathlib.Path) -> Source:
+# --- Reading -------------------------------------------------------------------------------------
+def source(directory: pathlib.Path) -> Source:
     """What is in a directory, checked: every tensor is there once, with the right shape.
-
-    Vision tensors of a `llama4` checkpoint are left aside: the text part is a model of its own.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a tensor is missing, unknown or of the wrong shape, or a file is damaged.
     """
-    config, prefix = read_config(directory / "config.json")
+    found = describe(directory / CONFIG)
     entries = safetensors.scan(directory)
-    llama_3 = json.loads((directory / "config.json").read_text())["model_type"] == "llama"
-    matches = list(
-        expand(llama3.rules(config) if llama_3 else llama4.rules(config, prefix), config)
-    )
-    expected = {match.theirs for match in matches}
-    other = llama4.VISION_PREFIXES if prefix else ()
-    unknown = sorted(
-        name
-        for name in set(entries) - expected
-        if not name.startswith(other) and not name.endswith(_IGNORED_SUFFIX)
-    )
+    text, images = found.model
+    if not any(name.startswith(vision.HF_PREFIXES) for name in entries):
+        images = None
+    found = found._replace(model=Model(text, images))
+    shapes = array_shapes(found.model)
+    parts = _parts_in(found, entries, shapes)
+    _check_names(directory, text, {name for part in parts for name in part.names}, entries)
+    tensors: dict[str, Rows] = {}
+    arrays: dict[str, Spec] = {}
+    for part in parts:
+        _check_part(part, entries)
+        whole = tensors[part.match.theirs] = _joined(part, entries)
+        packed = part.match.theirs.endswith(compressed.PACKED)
+        for name in part.match.ours:
+            shape = shapes.get(name) or our_shape(part.match.layout, part.shape)
+            arrays[name] = Spec(shape, DTYPES["int4"] if packed else whole.dtype)
+    files = (directory / CONFIG, *sorted({entry.file for entry in entries.values()}))
+    matches = [part.match for part in parts]
+    described = {"huggingface": found.values}
+    return Source("hf", directory, found.model, arrays, matches, tensors, described, files)
+
+
+def _parts_in(
+    found: Description,
+    entries: Mapping[str, safetensors.Entry],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> list[Part]:
+    """The tensors that a directory should hold, given which experts and scales are there."""
+    split = any(".experts.0." in name for name in entries)
+    parts = []
+    for match in _table(found, split_experts=split):
+        shape = their_shape(match.layout, [shapes[name] for name in match.ours])
+        stem = match.theirs.removesuffix(".weight")
+        scale = entries.get(_stored(stem + compressed.SCALED, found.model.text)[0])
+        if scale is None:
+            parts.append(_part(match, shape, FLOATS, found.model.text))
+            continue
+        values = entries.get(_stored(match.theirs, found.model.text)[0])
+        scheme = "int4" if values is None else scheme_of(values.dtype)
+        if scheme is None:
+            assert values is not None
+            raise ValueError(
+                f"{values.file}: {match.theirs} has a scale, so it should hold int8 or "
+                f"float8_e4m3fn; it holds {values.dtype.name}"
+            )
+        groups = scale.shape[-1] if scale.shape and shape[-1] % (scale.shape[-1] or 1) == 0 else 1
+        parts += _quantized(match, shape, (*shape[:-1], groups), scheme, found.model.text)
+    return parts
+
+
+def _table(found: Description, *, split_experts: bool) -> list[Match]:
+    """Every tensor of the unquantized model."""
+    config, images = found.model
+    if found.family is llama3:
+        rules = llama3.rules(config)
+    else:
+        rules = llama4.rules(config, found.prefix, split_experts=split_experts)
+    matches = [match for match, _ in expand(rules, config)]
+    if images is not None:
+        arrays = vision.arrays(images, config.embed_dim)
+        matches += vision.matches(arrays, lambda array: array.hf)
+    return matches
+
+
+def _part(match: Match, shape: tuple[int, ...], kinds: tuple[str, ...], config: TextConfig) -> Part:
+    return Part(match, shape, _stored(match.theirs, config), kinds)
+
+
+def _quantized(
+    match: Match,
+    shape: tuple[int, ...],
+    scale: tuple[int, ...],
+    scheme: Scheme,
+    config: TextConfig,
+) -> list[Part]:
+    """The tensors of one weight in compressed-tensors' format."""
+    kinds = {
+        compressed.PACKED: ("int32",),
+        compressed.SCALED: FLOATS,
+        compressed.SHAPE: ("int64", "int32"),
+    }
+    found = []
+    for part, its_shape in compressed.split(
+        match, shape, scale, scheme, config.attention.num_heads
+    ):
+        suffix = next((s for s in kinds if part.theirs.endswith(s)), "")
+        kind = kinds.get(suffix, (DTYPES[scheme].name,))
+        found.append(_part(part, its_shape, kind, config))
+    return found
+
+
+def _stored(theirs: str, config: TextConfig) -> list[str]:
+    """The stored tensors that make up theirs: one, or one for every expert."""
+    if "{e}" not in theirs:
+        return [theirs]
+    assert config.moe is not None
+    return [theirs.format(e=e) for e in range(config.moe.num_experts)]
+
+
+def _joined(part: Part, entries: Mapping[str, safetensors.Entry]) -> Joined:
+    """Theirs from its stored tensors, each of which is one row of it if there are several."""
+    if len(part.names) == 1:
+        return Joined([Cell(part.names[0], entries[part.names[0]])])
+    row = (1, *part.shape[1:])
+    return Joined([Cell(name, entries[name], shape=row) for name in part.names])
+
+
+def _check_names(
+    directory: pathlib.Path,
+    config: TextConfig,
+    expected: set[str],
+    entries: Mapping[str, safetensors.Entry],
+) -> None:
+    """Raises ValueError naming tensors that no rule matches, or that are missing."""
+    unknown = sorted(name for name in set(entries) - expected if not _ignored(name))
     if config.tie_embeddings:
         # Some exporters write the tied head as well; it can only repeat the embedding table.
         unknown = [name for name in unknown if not name.endswith("lm_head.weight")]
     if unknown:
-        raise ValueError(f"{directory}: no rule matches {_some(unknown)}")
+        raise ValueError(f"{directory}: no rule matches {some(unknown)}")
     missing = sorted(expected - set(entries))
     if missing:
-        raise ValueError(f"{directory}: tensor missing: {_some(missing)}")
-    shapes = _shapes(config)
-    for match in matches:
-        wanted = their_shape(match.layout, [shapes[name] for name in match.ours])
-        found = entries[match.theirs]
-        if found.shape != wanted:
+        raise ValueError(f"{directory}: tensor missing: {some(missing)}")
+
+
+def _ignored(name: str) -> bool:
+    return name.endswith(_IGNORED_SUFFIX)
+
+
+def _check_part(part: Part, entries: Mapping[str, safetensors.Entry]) -> None:
+    """Raises ValueError if a stored tensor has another shape, or a type that it may not have."""
+    for name in part.names:
+        found = entries[name]
+        if found.shape != part.stored_shape:
             raise ValueError(
-                f"{found.file}: {match.theirs} has shape {found.shape}; the configuration calls "
-                f"for {wanted}"
+                f"{found.file}: {name} has shape {found.shape}; the configuration calls for "
+                f"{part.stored_shape}"
             )
-        if found.dtype.name not in _FLOATS:
+        if found.dtype.name not in part.kinds or found.dtype != entries[part.names[0]].dtype:
+            kinds = (
+                part.kinds
+                if found.dtype.name not in part.kinds
+                else (f"{entries[part.names[0]].dtype.name} as in {part.names[0]}",)
+            )
             raise ValueError(
-                f"{found.file}: {match.theirs} holds {found.dtype.name}; only "
-                f"{', '.join(_FLOATS)} are read"
+                f"{found.file}: {name} holds {found.dtype.name}; only {', '.join(kinds)} are read"
             )
-    return Source(config, matches, entries)
 
 
-def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | None) -> Llama:
-    """The model in a directory, each parameter read straight to its devices.
-
-    See `checkpoints.load` for the arguments. Raises what `inspect` raises.
-    """
-    source = inspect(directory)
-    if execution is None:
-        stored = source.entries[source.matches[0].theirs].dtype
-        execution = Execution.for_parameters(dtype or stored)
-    model = nnx.eval_shape(lambda: Llama(source.config, execution=execution, rngs=nnx.Rngs(0)))
-    graph, abstract = nnx.split(model)
-    flat = nnx.to_flat_state(abstract)
-    known = places(source.config, model.periods, (path for path, _ in flat))
-    check_complete(source.matches, known)
-    holders: dict[tuple, list[tuple[Match, int, int | None]]] = {}
-    for match in source.matches:
-        for part, name in enumerate(match.ours):
-            place = known[name]
-            holders.setdefault(place.path, []).append((match, part, place.period))
-    layout = dict(nnx.to_flat_state(sharding.shardings(abstract)))
-
-    def fill(path: tuple, param: nnx.Variable) -> nnx.Variable:
-        stored = {source.entries[match.theirs].dtype for match, _, _ in holders[path]}
-        wanted = np.dtype(dtype) if dtype is not None else np.dtype(jnp.result_type(*stored))
-        by_index = {index: (match, part) for match, part, index in holders[path]}
-
-        def read(where: tuple[slice, ...] | None) -> np.ndarray:
-            assert where is not None
-
-            def one(index: int | None, inside: tuple[slice, ...]) -> np.ndarray:
-                match, part = by_index[index]
-                return match.layout.load(source.entries[match.theirs].read())[part][inside]
-
-            if None in by_index:
-                return one(None, where).astype(wanted)
-            wanted_layers = range(len(by_index))[where[0]]
-            return np.stack([one(i, where[1:]).astype(wanted) for i in wanted_layers])
-
-        value = jax.make_array_from_callback(param.shape, layout[path].get_raw_value(), read)
-        return param.replace(value)
-
-    state = nnx.from_flat_state({path: fill(path, param) for path, param in flat})
-    return nnx.merge(graph, state)
-
-
+# --- Writing -------------------------------------------------------------------------------------
 def save(
     model: Llama,
     directory: pathlib.Path,
@@ -190,47 +291,184 @@ def save(
     Raises:
         ValueError: the format cannot describe this architecture.
     """
-    config = model.config
-    family = llama3 if llama3.fits(config) else llama4
-    matches = list(expand(family.rules(config), config))
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    known = places(config, model.periods, flat)
-    check_complete(matches, known)
-
-    def value(place: Place) -> np.ndarray:
-        array = flat[place.path].get_raw_value()
-        return np.asarray(array if place.period is None else array[place.period])
-
-    def tensor(match: Match) -> safetensors.Tensor:
-        spots = [known[name] for name in match.ours]
-        arrays = [flat[spot.path].get_raw_value() for spot in spots]
-        shapes = [
-            a.shape if s.period is None else a.shape[1:] for a, s in zip(arrays, spots, strict=True)
-        ]
-        return safetensors.Tensor(
-            match.theirs,
-            their_shape(match.layout, shapes),
-            np.dtype(arrays[0].dtype),
-            lambda: match.layout.save(tuple(value(spot) for spot in spots)),
-        )
-
-    described = family.config_to(config) | {
-        "torch_dtype": str(flat[("embed",)].get_raw_value().dtype),
-        "transformers_version": "4.51.0",
-        **(extra or {}),
+    arrays: dict[str, tuple[Any, int | None]] = {}
+    for name, place in places(model.config, model.periods, flat).items():
+        value = flat[place.path].get_raw_value()
+        if isinstance(value, Quantized):
+            arrays[name + SCALE] = value.scale, place.period
+            value = value.values
+        arrays[name] = value, place.period
+    wanted = {
+        name: Spec(x.shape if period is None else x.shape[1:], np.dtype(x.dtype))
+        for name, (x, period) in arrays.items()
     }
-    safetensors.write(directory, map(tensor, matches), max_shard_bytes=max_shard_bytes)
-    safetensors.write_json(directory / "config.json", described)
+    check_complete(_table(_description(Model(model.config), None), split_experts=False), wanted)
+    new = target(
+        Model(model.config),
+        wanted,
+        directory,
+        described={},
+        max_shard_bytes=max_shard_bytes,
+        extra=extra,
+    )
+    new.create()
+    sums: dict[str, Sum] = {}
+    for match in new.matches:
+        parts = tuple(
+            np.asarray(x if period is None else x[period])
+            for x, period in (arrays[name] for name in match.ours)
+        )
+        tensor = new.tensors[match.theirs]
+        tensor.write(0, np.asarray(match.layout.save(parts)))
+        sums |= tensor.sums()
+    new.finish(sums)
 
 
-def _shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every canonical name."""
-    model = nnx.eval_shape(lambda: Llama(config, execution=Execution(scan=False), rngs=nnx.Rngs(0)))
-    flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    return {name: flat[place.path].shape for name, place in places(config, 0, flat).items()}
+def target(
+    model: Model,
+    wanted: Mapping[str, Spec],
+    directory: pathlib.Path,
+    *,
+    described: Mapping[str, Any],
+    max_shard_bytes: int,
+    extra: Mapping[str, Any] | None = None,
+) -> Target:
+    """A directory to be written, with these arrays.
+
+    Args:
+        model: what the arrays make up.
+        wanted: shape and type of every canonical array, scales included.
+        directory: where the files go.
+        described: what the source says of the model; its `huggingface` part is kept.
+        max_shard_bytes: size at which a new safetensors file begins.
+        extra: further fields of config.json.
+
+    Raises:
+        ValueError: the format cannot describe this architecture or these scales.
+    """
+    found = _description(model, described.get("huggingface"))
+    split = model.text.moe is not None and any(name.endswith(SCALE) for name in wanted)
+    parts = _parts_for(found, wanted, split=split)
+    shards = safetensors.plan(
+        directory,
+        ((n, part.stored_shape, np.dtype(part.kinds[0])) for part in parts for n in part.names),
+        max_shard_bytes=max_shard_bytes,
+    )
+    entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
+    values = copy.deepcopy(found.values) | dict(extra or {})
+    floats = wanted["embed"].dtype.name
+    for section in (values, values.get("text_config"), values.get("vision_config")):
+        if section is not None and (section is values or {"torch_dtype", "dtype"} & section.keys()):
+            section.pop("dtype", None)
+            section["torch_dtype"] = floats
+    values.pop("quantization_config", None)
+    if (quantization := _quantization(model, wanted, parts)) is not None:
+        values["quantization_config"] = quantization
+
+    files = {directory / shard.name: shard.size for shard in shards}
+
+    def finish(sums: Mapping[str, Sum]) -> None:
+        for shard in shards:
+            with open(directory / shard.name, "r+b") as stream:
+                stream.write(shard.header)
+                stream.flush()
+                os.fsync(stream.fileno())
+        safetensors.write_index(directory, shards)
+        safetensors.write_json(directory / CONFIG, values)
+
+    return Target(
+        matches=[part.match for part in parts],
+        tensors={part.match.theirs: _joined(part, entries) for part in parts},
+        size=sum(files.values()),
+        intact=lambda: have_sizes(files),
+        create=lambda: make_files(files),
+        finish=finish,
+    )
 
 
-def _some(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+def _description(model: Model, values: dict[str, Any] | None) -> Description:
+    """What the config.json of a model will say: what it said before if that is the same model."""
+    family = llama3 if is_llama3(model) else llama4
+    if values is not None and model.vision is None and "text_config" in values:
+        # Only the text part is there: its own section describes it.
+        values = values["text_config"] | {"architectures": ["Llama4ForCausalLM"]}
+    if values is not None:
+        family = llama3 if values["model_type"] in llama3.MODEL_TYPES else llama4
+        prefix = llama4.TEXT_PREFIX if "text_config" in values else ""
+        return Description(model, family, prefix, values)
+    text = family.config_to(model.text) | {"transformers_version": _WRITTEN_BY}
+    if model.vision is None:
+        return Description(model, family, "", text)
+    values = {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "tie_word_embeddings": model.text.tie_embeddings,
+        **llama4.IMAGE_TOKENS,
+        "text_config": text,
+        "vision_config": vision.config_to(model.vision),
+    }
+    return Description(model, family, llama4.TEXT_PREFIX, values)
+
+
+def _parts_for(found: Description, wanted: Mapping[str, Spec], *, split: bool) -> list[Part]:
+    """The tensors that hold these arrays; the first of each one's kinds is the type to write."""
+    config = found.model.text
+    parts = []
+    for match in _table(found, split_experts=split):
+        first = wanted[match.ours[0]]
+        shape = their_shape(match.layout, [wanted[name].shape for name in match.ours])
+        scheme = scheme_of(first.dtype)
+        if scheme is None:
+            parts.append(_part(match, shape, (first.dtype.name,), config))
+            continue
+        layout = compressed.scale_layout(match.layout, config.attention.num_heads)
+        spec = wanted.get(match.ours[0] + SCALE)
+        if spec is None:
+            raise ValueError(
+                f"{match.ours[0]} holds {first.dtype.name} without a scale, which is no weight; "
+                f"only {', '.join(FLOATS)} are written as they are"
+            )
+        scale = their_shape(layout, [spec.shape])
+        if scheme != "int4" and scale[-1] != 1:
+            raise ValueError(
+                f"{match.ours[0]} has {scale[-1]} scales for each output channel; Hugging Face's "
+                f"{scheme} packages have one. Ask for a floating-point type instead of "
+                f"{scheme}, such as bfloat16"
+            )
+        for part in _quantized(match, shape, scale, scheme, config):
+            scales = part.match.theirs.endswith(compressed.SCALED)
+            parts.append(part._replace(kinds=(spec.dtype.name,)) if scales else part)
+    return parts
+
+
+def _quantization(
+    model: Model, wanted: Mapping[str, Spec], parts: Iterable[Part]
+) -> dict[str, Any] | None:
+    """The `quantization_config` for these arrays; None if no array is quantized."""
+    scheme = next((s for spec in wanted.values() if (s := scheme_of(spec.dtype))), None)
+    if scheme is None:
+        return None
+    shapes = {part.match.theirs: part.shape for part in parts}
+    sizes = {
+        8 * shape[-1] // shapes[name.removesuffix(compressed.PACKED) + compressed.SCALED][-1]
+        for name, shape in shapes.items()
+        if name.endswith(compressed.PACKED)
+    }
+    if scheme == "int4" and len(sizes) > 1:
+        raise ValueError(f"int4 groups of different sizes {sorted(sizes)} in one checkpoint")
+    plain: tuple[str, ...] = ()
+    if model.text.moe is None:
+        whole = [p.match.theirs for p in parts if p.match.theirs.endswith("_proj.weight")]
+        plain = tuple(
+            name.removesuffix(".weight")
+            for name in whole
+            if not any(p.match.theirs == name and p.kinds[0] in _NARROW for p in parts)
+        )
+        plain = (*plain, "lm_head")
+    return compressed.describe(
+        scheme, groups=sizes.pop() if scheme == "int4" else None, dense=plain
+    )
+
+
+_NARROW = {dtype.name for dtype in DTYPES.values()}

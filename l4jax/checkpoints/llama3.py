@@ -1,6 +1,7 @@
-"""Llama 3 dense models as Hugging Face keeps them: configuration fields and tensor names.
+"""Llama 3 dense models in Hugging Face's and in Meta's checkpoints: fields and tensor names.
 
-Source: transformers' `models/llama`. Query and key rows are half-split there, as they are here.
+Sources: transformers' `models/llama`, whose query and key rows are half-split as ours are, and
+Meta's `llama3/model.py`, whose rotated pairs lie side by side.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from l4jax.checkpoints.fields import Fields, rope_from, rope_to
-from l4jax.checkpoints.tables import SAME, TRANSPOSED, Rule, heads, heads_out
+from l4jax.checkpoints.rows import Join
+from l4jax.checkpoints.tables import SAME, TRANSPOSED, MetaRule, Rule, heads, heads_out
 from l4jax.config import Attention, Layer, TextConfig
 
 MODEL_TYPES = ("llama",)
@@ -32,6 +34,34 @@ def rules(config: TextConfig) -> list[Rule]:
         table.append(Rule(theirs, (f"layers.{{l}}.ffn.{name}",), TRANSPOSED))
     if not config.tie_embeddings:
         table.append(Rule("lm_head.weight", ("head",), TRANSPOSED))
+    return table
+
+
+def meta_rules(config: TextConfig) -> list[MetaRule]:
+    """Every tensor of Meta's own files; with a tied head, `output` repeats the embedding table."""
+    size, layer, kv = config.attention.head_dim, "layers.{l}.", config.attention.num_kv_heads
+    whole, columns, across = Join(None), Join(0), Join(1)
+    attention = "layers.{l}.attention."
+    tied = config.tie_embeddings
+    output = ("embed" if tied else "head",)
+    table = [
+        MetaRule("tok_embeddings.weight", ("embed",), SAME, columns),
+        MetaRule("output.weight", output, SAME if tied else TRANSPOSED, columns),
+        MetaRule("norm.weight", ("norm.scale",), SAME, whole),
+        MetaRule(
+            f"{layer}attention_norm.weight", ("layers.{l}.attention_norm.scale",), SAME, whole
+        ),
+        MetaRule(f"{layer}ffn_norm.weight", ("layers.{l}.ffn_norm.scale",), SAME, whole),
+        MetaRule(f"{attention}wo.weight", (f"{attention}o",), heads_out(size), across),
+    ]
+    for name in "qkv":
+        # More shards than key-value heads repeat each head in neighbouring shards.
+        join = columns if name == "q" else Join(0, holders=kv)
+        layout = heads(size, interleaved=name != "v")
+        table.append(MetaRule(f"{attention}w{name}.weight", (attention + name,), layout, join))
+    for theirs, name in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
+        ours, join = (f"layers.{{l}}.ffn.{name}",), across if name == "down" else columns
+        table.append(MetaRule(f"{layer}feed_forward.{theirs}.weight", ours, TRANSPOSED, join))
     return table
 
 

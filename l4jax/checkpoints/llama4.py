@@ -1,6 +1,7 @@
-"""Llama 4 as Hugging Face keeps it: configuration fields and tensor names.
+"""Llama 4 in Hugging Face's and in Meta's checkpoints: configuration fields and tensor names.
 
-Source: transformers' `models/llama4` (4.51 to 5.23), and the published checkpoints' names.
+Sources: transformers' `models/llama4` (4.51 to 5.23), Meta's `llama4/model.py` and `moe.py`, and
+the published checkpoints' names.
 """
 
 from __future__ import annotations
@@ -8,17 +9,36 @@ from __future__ import annotations
 from typing import Any
 
 from l4jax.checkpoints.fields import Fields, rope_from, rope_to, shortest_pattern
-from l4jax.checkpoints.tables import HALVES, SAME, TRANSPOSED, Rule, heads, heads_out
+from l4jax.checkpoints.rows import Join
+from l4jax.checkpoints.tables import (
+    HALVES,
+    SAME,
+    TRANSPOSED,
+    TRANSPOSED_EXPERTS,
+    MetaRule,
+    Rule,
+    heads,
+    heads_out,
+    stacked_rows,
+)
 from l4jax.config import Attention, AttentionKind, Layer, MoE, Temperature, TextConfig
 
 MODEL_TYPES = ("llama4_text", "llama4")
 TEXT_PREFIX = "language_model."
 """Before every text tensor of a checkpoint that has vision as well."""
-VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
+IMAGE_TOKENS = {"boi_token_index": 200080, "eoi_token_index": 200081, "image_token_index": 200092}
+"""Meta's ids of `<|image_start|>`, `<|image_end|>` and `<|patch|>`."""
 
 
-def rules(config: TextConfig, prefix: str = "") -> list[Rule]:
-    """Every text tensor; `prefix` is `TEXT_PREFIX` in a checkpoint with vision."""
+def rules(config: TextConfig, prefix: str = "", *, split_experts: bool = False) -> list[Rule]:
+    """Every text tensor.
+
+    Args:
+        config: the architecture.
+        prefix: `TEXT_PREFIX` in a checkpoint with vision.
+        split_experts: every expert has tensors of its own, with its number for `{e}`, as quantized
+            packages need it; otherwise a layer's experts share two tensors.
+    """
     size = config.attention.head_dim
     layer, ffn = f"{prefix}model.layers.{{l}}.", f"{prefix}model.layers.{{l}}.feed_forward."
     table = [
@@ -39,21 +59,84 @@ def rules(config: TextConfig, prefix: str = "") -> list[Rule]:
         Rule(f"{layer}self_attn.v_proj.weight", ("layers.{l}.attention.v",), heads(size)),
         Rule(f"{layer}self_attn.o_proj.weight", ("layers.{l}.attention.o",), heads_out(size)),
         Rule(f"{ffn}router.weight", ("layers.{l}.ffn.router",), TRANSPOSED, is_moe),
-        Rule(
-            f"{ffn}experts.gate_up_proj",
-            ("layers.{l}.ffn.gate", "layers.{l}.ffn.up"),
-            HALVES,
-            is_moe,
-        ),
-        Rule(f"{ffn}experts.down_proj", ("layers.{l}.ffn.down",), SAME, is_moe),
     ]
+    if not split_experts:
+        both = ("layers.{l}.ffn.gate", "layers.{l}.ffn.up")
+        table.append(Rule(f"{ffn}experts.gate_up_proj", both, HALVES, is_moe))
+        table.append(Rule(f"{ffn}experts.down_proj", ("layers.{l}.ffn.down",), SAME, is_moe))
     for name in ("gate", "up", "down"):
         ours, theirs = f"layers.{{l}}.ffn.{name}", f"{name}_proj.weight"
+        if split_experts:
+            expert = f"{ffn}experts.{{{{e}}}}.{theirs}"
+            table.append(Rule(expert, (ours,), TRANSPOSED_EXPERTS, is_moe))
         table.append(Rule(ffn + theirs, (ours,), TRANSPOSED, is_dense))
         shared = f"layers.{{l}}.ffn.shared.{name}"
         table.append(Rule(f"{ffn}shared_expert.{theirs}", (shared,), TRANSPOSED, is_moe))
     if not config.tie_embeddings:
         table.append(Rule(f"{prefix}lm_head.weight", ("head",), TRANSPOSED))
+    return table
+
+
+def meta_rules(config: TextConfig) -> list[MetaRule]:
+    """Every text tensor of Meta's own files.
+
+    `wqkv` and `fc1` hold their parts one below the other *inside each shard*; experts are folded
+    into the first dimension, and cut along the hidden one.
+    """
+    a, layer, ffn = config.attention, "layers.{l}.", "layers.{l}.feed_forward."
+    pairs, plain = heads(a.head_dim, interleaved=True), heads(a.head_dim)
+    rows = (a.num_heads * a.head_dim, *(a.num_kv_heads * a.head_dim,) * 2)
+    whole, columns, across = Join(None), Join(0), Join(1)
+    qkv = tuple(f"layers.{{l}}.attention.{x}" for x in "qkv")
+    dense = (config.mlp_dim, config.mlp_dim)
+    names = {name: f"layers.{{l}}.ffn.{name}" for name in ("gate", "up", "down", "router")}
+    table = [
+        MetaRule("tok_embeddings.weight", ("embed",), SAME, columns),
+        MetaRule("output.weight", ("embed" if config.tie_embeddings else "head",), SAME, columns),
+        MetaRule("norm.weight", ("norm.scale",), SAME, whole),
+        MetaRule(
+            f"{layer}attention.wqkv.weight",
+            qkv,
+            stacked_rows((pairs, pairs, plain), rows),
+            Join(0, sections=rows),
+        ),
+        MetaRule(
+            f"{layer}attention.wqkv.layer_norm_weight",
+            ("layers.{l}.attention_norm.scale",),
+            SAME,
+            whole,
+        ),
+        MetaRule(
+            f"{layer}attention.wo.weight",
+            ("layers.{l}.attention.o",),
+            heads_out(a.head_dim),
+            across,
+        ),
+        MetaRule(f"{ffn}norm.weight", ("layers.{l}.ffn_norm.scale",), SAME, whole, is_moe),
+        MetaRule(f"{ffn}router_DE", (names["router"],), SAME, whole, is_moe),
+        MetaRule(
+            f"{ffn}mlp.layer_norm_weight", ("layers.{l}.ffn_norm.scale",), SAME, whole, is_dense
+        ),
+        MetaRule(
+            f"{ffn}mlp.fc1_weight",
+            (names["gate"], names["up"]),
+            stacked_rows((TRANSPOSED, TRANSPOSED), dense),
+            Join(0, sections=dense),
+            is_dense,
+        ),
+        MetaRule(f"{ffn}mlp.fc2_weight", (names["down"],), TRANSPOSED, across, is_dense),
+    ]
+    if not config.tie_embeddings:
+        table[1] = table[1]._replace(layout=TRANSPOSED)
+    for name, routed, shared, axis in (
+        ("gate", "moe_w_in_eD_F", "w_in_shared_FD", 2),
+        ("up", "moe_w_swiglu_eD_F", "w_swiglu_FD", 2),
+        ("down", "moe_w_out_eF_D", "w_out_shared_DF", 1),
+    ):
+        expert = MetaRule(f"{ffn}experts.{routed}", (names[name],), SAME, Join(axis), is_moe)
+        table.append(expert)
+        ours, join = (f"layers.{{l}}.ffn.shared.{name}",), across if name == "down" else columns
+        table.append(MetaRule(f"{ffn}{shared}.weight", ours, TRANSPOSED, join, is_moe))
     return table
 
 

@@ -1,6 +1,8 @@
-"""A model from and to our own directory: `l4jax.json` beside an Orbax checkpoint of the parameters.
+"""Our own directory: `l4jax.json` beside an Orbax checkpoint of the arrays.
 
-Plain Orbax restores `parameters/` by itself, onto any mesh: a nested dict of arrays.
+Plain Orbax restores `parameters/` by itself, onto any mesh: a nested dict of arrays. Layers that
+the model scans lie stacked in one array; converting writes them slice by slice, as zarr3 chunks
+that hold one slice each, divided further so that a host reads little beyond its own part.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +19,31 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from l4jax import sharding
+from l4jax.checkpoints.formats import Model
 from l4jax.checkpoints.safetensors import write_json
-from l4jax.config import Execution, TextConfig, from_json
+from l4jax.config import Execution, TextConfig, VisionConfig, from_json
+from l4jax.kernels.quantized import Quantized
 from l4jax.models.llama4 import Llama
 
 MARKER = "l4jax.json"
-_FORMAT = 1
+PARAMETERS = "parameters"
+CHUNK_BYTES = 128 << 20
+"""Of one stored chunk, unless a single row is larger."""
+_FORMAT = 2
+_READABLE = (1, 2)
+VALUES, SCALES = "values", "scale"
+"""Names of the two arrays that lie in the place of a quantized one."""
 
 
-def read_config(directory: pathlib.Path) -> TextConfig:
-    """The architecture in a directory of ours.
+class Marker(NamedTuple):
+    """What the marker file says. described: the source's own words, by format."""
+
+    model: Model
+    described: dict[str, Any]
+
+
+def read_marker(directory: pathlib.Path) -> Marker:
+    """What is in a directory of ours.
 
     Raises:
         ValueError: the marker file is not ours, or of a newer format.
@@ -34,60 +52,132 @@ def read_config(directory: pathlib.Path) -> TextConfig:
     try:
         values = json.loads(file.read_text())
         number, config = values["format"], values["config"]
-    except (KeyError, TypeError, ValueError) as error:
+        vision, described = values.get("vision"), values.get("described") or {}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not a valid marker: {error!r}") from None
-    if number != _FORMAT:
-        raise ValueError(f"{file}: format {number}; this version of l4jax reads format {_FORMAT}")
+    if number not in _READABLE:
+        raise ValueError(
+            f"{file}: format {number}; this version of l4jax reads format {_FORMAT} and older"
+        )
     try:
-        return from_json(TextConfig, config)
+        text = from_json(TextConfig, config)
+        return Marker(Model(text, vision and from_json(VisionConfig, vision)), described)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 
+def write_marker(directory: pathlib.Path, marker: Marker) -> None:
+    """Says what is in a directory; the last file to be written there."""
+    vision = marker.model.vision
+    values = {
+        "format": _FORMAT,
+        "config": dataclasses.asdict(marker.model.text),
+        "vision": vision and dataclasses.asdict(vision),
+        "described": marker.described,
+    }
+    write_json(directory / MARKER, values)
+
+
+# --- Models --------------------------------------------------------------------------------------
 def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | None) -> Llama:
     """The model in a directory; see `checkpoints.load` for the arguments."""
-    config = read_config(directory)
+    config = read_marker(directory).model.text
     there = _same_keys(ocp.metadata(_parameters(directory)).metadata)
-    execution = execution or Execution.for_parameters(dtype or there["embed"].dtype)
+    there.pop("vision", None)
+    execution = execution or Execution.for_parameters(dtype or _first(there["embed"]).dtype)
     execution = dataclasses.replace(execution, scan="layers" in there)
     model = nnx.eval_shape(lambda: Llama(config, execution=execution, rngs=nnx.Rngs(0)))
     graph, abstract = nnx.split(model)
-    layout = nnx.to_pure_dict(sharding.shardings(abstract))
-    shapes = nnx.to_pure_dict(abstract)
-    _check_same(shapes, there, directory)
-    wanted = jax.tree.map(
-        lambda param, place, saved: jax.ShapeDtypeStruct(
-            param.shape, jnp.dtype(dtype or saved.dtype), sharding=place
-        ),
-        shapes,
-        layout,
-        there,
-    )
+    layout = dict(nnx.to_flat_state(sharding.shardings(abstract)))
+    flat = dict(nnx.to_flat_state(abstract))
+    found = {path: _leaf(there, path) for path in flat}
+    _check_same(flat, found, there, directory)
+    wanted: dict[str, Any] = {}
+    for path, saved in found.items():
+        place = layout[path].get_raw_value()
+        leaf: Any
+        if isinstance(saved, Quantized):
+            leaf = {
+                VALUES: _abstract(saved.values, saved.values.dtype, place),
+                SCALES: _abstract(saved.scale, saved.scale.dtype, place),
+            }
+        else:
+            leaf = _abstract(saved, jnp.dtype(dtype or saved.dtype), place)
+        _put(wanted, path, leaf)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
     try:
-        values = ocp.load(_parameters(directory), wanted)
+        with context:
+            values = ocp.load(_parameters(directory), wanted)
     except Exception as error:  # whatever the storage library raises
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{directory}: its parameters cannot be read: {reason}") from error
-    nnx.replace_by_pure_dict(abstract, values)
-    return nnx.merge(graph, abstract)
+    state = {}
+    for path, param in flat.items():
+        value = _leaf(_same_keys(values), path)
+        if isinstance(value, Quantized) and dtype is not None:
+            value = jax.jit(lambda x: x.astype(dtype), out_shardings=layout[path].get_raw_value())(
+                value
+            )
+        state[path] = param.replace(value)
+    return nnx.merge(graph, nnx.from_flat_state(state))
 
 
 def save(model: Llama, directory: pathlib.Path) -> None:
     """Writes the parameters and, last of all, the marker into an existing directory."""
-    ocp.save(_parameters(directory), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    marker = {
-        "format": _FORMAT,
-        "config": dataclasses.asdict(model.config),
-    }
-    write_json(directory / MARKER, marker)
+    state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    state = jax.tree.map(
+        lambda x: {VALUES: x.values, SCALES: x.scale} if isinstance(x, Quantized) else x,
+        state,
+        is_leaf=lambda x: isinstance(x, Quantized),
+    )
+    context = ocp.Context()
+    # One chunk as large as the array could not be read back in constant memory.
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    with context:
+        ocp.save(_parameters(directory), state)
+    write_marker(directory, Marker(Model(model.config), {}))
 
 
-def _check_same(wanted: Any, found: Any, directory: pathlib.Path) -> None:
+def _abstract(saved: Any, dtype: Any, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """What to restore: a scale is not divided where it has but one entry."""
+    if isinstance(place, jax.sharding.NamedSharding):
+        place = sharding.divisible(place, saved.shape)
+    return jax.ShapeDtypeStruct(saved.shape, dtype, sharding=place)
+
+
+def _first(leaf: Any) -> Any:
+    return leaf[VALUES] if isinstance(leaf, dict) else leaf
+
+
+def _leaf(tree: Any, path: tuple) -> Any:
+    """The array at a path, or the quantized one; None if there is none."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    if isinstance(tree, dict):
+        return Quantized(tree[VALUES], tree[SCALES]) if tree.keys() == {VALUES, SCALES} else None
+    return tree
+
+
+def _put(tree: dict[str, Any], path: tuple, leaf: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(str(key), {})
+    tree[str(path[-1])] = leaf
+
+
+def _check_same(
+    wanted: Mapping[tuple, Any], found: Mapping[tuple, Any], there: Any, directory: pathlib.Path
+) -> None:
     """Raises ValueError naming the first parameter that is missing, unknown or of another shape."""
     sides = [
-        {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in tree}
-        for tree in map(jax.tree_util.tree_leaves_with_path, (wanted, found))
+        {".".join(map(str, path)): tuple(x.shape) for path, x in wanted.items()},
+        {".".join(map(str, path)): tuple(x.shape) for path, x in found.items() if x is not None},
     ]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(there):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        stem = name.rpartition(".")[0]
+        if name not in sides[0] and stem not in sides[0]:
+            sides[1][name] = tuple(leaf.shape)
     for name in sorted(sides[0] | sides[1]):
         ours, theirs = (side.get(name) for side in sides)
         if ours != theirs:
@@ -99,7 +189,7 @@ def _check_same(wanted: Any, found: Any, directory: pathlib.Path) -> None:
 
 def _parameters(directory: pathlib.Path) -> pathlib.Path:
     """Orbax refuses relative paths."""
-    return directory.absolute() / "parameters"
+    return directory.absolute() / PARAMETERS
 
 
 def _same_keys(tree: Any) -> Any:

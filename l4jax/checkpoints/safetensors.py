@@ -44,6 +44,11 @@ class Entry(NamedTuple):
     dtype: np.dtype
     offset: int
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def read(self) -> np.ndarray:
         """The tensor, mapped: nothing is read before it is used."""
         if 0 in self.shape:
@@ -70,7 +75,18 @@ def scan_file(file: pathlib.Path) -> dict[str, Entry]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: its safetensors header is not valid: {error}") from None
     header.pop("__metadata__", None)
-    return {name: _entry(file, name, item, 8 + length, size) for name, item in header.items()}
+    entries = {name: _entry(file, name, item, 8 + length, size) for name, item in header.items()}
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset != end:
+            raise ValueError(
+                f"{file}: {name} begins at byte {entry.offset}, but the tensor before it ends at "
+                f"{end}: tensors must lie back to back"
+            )
+        end += entry.nbytes
+    if end != size:
+        raise ValueError(f"{file}: {size - end} bytes behind its last tensor belong to none")
+    return entries
 
 
 def scan(directory: pathlib.Path) -> dict[str, Entry]:
@@ -119,10 +135,66 @@ class Tensor(NamedTuple):
     dtype: np.dtype
     make: Callable[[], np.ndarray]
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensor's bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+
+class Shard(NamedTuple):
+    """A file to write: its name, its first bytes, where its tensors lie, and its whole size."""
+
+    name: str
+    header: bytes
+    entries: dict[str, Entry]
+    size: int
+
+
+def plan(
+    directory: pathlib.Path,
+    tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]],
+    *,
+    max_shard_bytes: int,
+) -> list[Shard]:
+    """The files that hold tensors of these names, shapes and types, in their order.
+
+    A new one begins where the next tensor would exceed the size. A single one is called
+    `model.safetensors` and needs no index.
+    """
+    groups: list[list[tuple[str, tuple[int, ...], np.dtype, int]]] = [[]]
+    filled = 0
+    for name, shape, dtype in tensors:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if groups[-1] and filled + nbytes > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append((name, shape, dtype, nbytes))
+        filled += nbytes
+    shards = []
+    for number, group in enumerate(groups, 1):
+        file = (
+            "model.safetensors"
+            if len(groups) == 1
+            else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        )
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape, dtype, nbytes in group:
+            start, end = end, end + nbytes
+            code = _CODES[dtype]
+            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # so that tensors start aligned
+        first = 8 + len(text)
+        entries = {
+            name: Entry(directory / file, shape, dtype, first + header[name]["data_offsets"][0])
+            for name, shape, dtype, _ in group
+        }
+        shards.append(Shard(file, len(text).to_bytes(8, "little") + text, entries, first + end))
+    return shards
+
+
+def write_index(directory: pathlib.Path, shards: list[Shard]) -> None:
+    """Writes the index of several shards; a single one has none."""
+    if len(shards) > 1:
+        weight_map = {name: shard.name for shard in shards for name in shard.entries}
+        total = sum(shard.size - len(shard.header) for shard in shards)
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def write(
@@ -130,65 +202,32 @@ def write(
 ) -> None:
     """Writes tensors as shards and their index, one tensor in memory at a time.
 
-    A single shard is called `model.safetensors` and has no index. The directory must exist.
+    The directory must exist.
     """
-    shards = _plan(tensors, max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        )
-        _write_shard(directory / name, shard)
-        weight_map |= {tensor.name: name for tensor in shard}
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard)
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    named = {tensor.name: tensor for tensor in tensors}
+    shards = plan(
+        directory, ((*tensor[:3],) for tensor in named.values()), max_shard_bytes=max_shard_bytes
+    )
+    for shard in shards:
+        partial = directory / (shard.name + ".partial")
+        with open(partial, "wb") as stream:
+            stream.write(shard.header)
+            for name in shard.entries:
+                _, shape, dtype, make = named[name]
+                value = np.asarray(make(), order="C")
+                if value.shape != shape or value.dtype != dtype:
+                    raise AssertionError(f"{name}: announced {shape, dtype}, got {value.shape}")
+                stream.write(value.reshape(-1).view(np.uint8).data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, directory / shard.name)
+    write_index(directory, shards)
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:
     """Writes `value` as readable JSON; the file appears whole or not at all."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(partial, file)
-
-
-def _plan(tensors: Iterable[Tensor], max_bytes: int) -> list[list[Tensor]]:
-    """Tensors in order, a new shard where the next one would exceed the size."""
-    shards: list[list[Tensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + tensor.nbytes > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.nbytes
-    return shards
-
-
-def _write_shard(file: pathlib.Path, tensors: list[Tensor]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.nbytes
-        header[tensor.name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that tensors start aligned
-    partial = file.with_name(file.name + ".partial")
-    with open(partial, "wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in tensors:
-            value = np.asarray(tensor.make(), order="C")
-            if value.shape != tensor.shape or value.dtype != tensor.dtype:
-                raise AssertionError(f"{tensor.name}: announced {tensor[1:3]}, got {value.shape}")
-            stream.write(value.reshape(-1).view(np.uint8).data)
-        stream.flush()
-        os.fsync(stream.fileno())
     os.replace(partial, file)
 
 

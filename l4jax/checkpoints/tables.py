@@ -8,23 +8,32 @@ name every parameter of the model exactly once, which is checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+import collections
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l4jax.checkpoints.rows import Join
 from l4jax.config import Layer, TextConfig
 
 Parts = tuple[Any, ...]
+R = TypeVar("R", "Rule", "MetaRule")
 
 
 class Layout(NamedTuple):
-    """Their tensor to our arrays, and back; works on NumPy and on JAX arrays alike."""
+    """Their tensor to our arrays, and back; works on NumPy and on JAX arrays alike.
+
+    cut: the dimension of our arrays that the first dimension of theirs runs along, so that slices
+        of one side are slices of the other; None where only whole tensors correspond.
+    """
 
     load: Callable[[Any], Parts]
     save: Callable[[Parts], Any]
+    cut: int | None = None
 
 
 class Rule(NamedTuple):
@@ -36,6 +45,16 @@ class Rule(NamedTuple):
     theirs: str
     ours: tuple[str, ...]
     layout: Layout
+    layers: Callable[[Layer], bool] = lambda layer: True
+
+
+class MetaRule(NamedTuple):
+    """A rule for a tensor that Meta's files spread over their shards as `join` says."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    layout: Layout
+    join: Join
     layers: Callable[[Layer], bool] = lambda layer: True
 
 
@@ -54,15 +73,18 @@ class Place(NamedTuple):
     period: int | None
 
 
-SAME = Layout(lambda x: (x,), lambda parts: parts[0])
+SAME = Layout(lambda x: (x,), lambda parts: parts[0], cut=0)
 """Equal on both sides."""
-TRANSPOSED = Layout(lambda x: (x.swapaxes(-1, -2),), lambda parts: parts[0].swapaxes(-1, -2))
+TRANSPOSED = Layout(lambda x: (x.swapaxes(-1, -2),), lambda parts: parts[0].swapaxes(-1, -2), cut=1)
 """torch's (out, in) ↔ our (in, out)."""
+TRANSPOSED_EXPERTS = TRANSPOSED._replace(cut=0)
+"""The same inside each expert: (e, out, in) ↔ (e, in, out)."""
 HALVES = Layout(
     lambda x: (x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]),
-    lambda parts: (np if isinstance(parts[0], np.ndarray) else jnp).concatenate(parts, axis=-1),
+    lambda parts: _numpy_like(parts[0]).concatenate(parts, axis=-1),
+    cut=0,
 )
-"""One array (…, 2f) ↔ its two halves."""
+"""One array (e, …, 2f) ↔ its two halves."""
 
 
 def heads(size: int, *, interleaved: bool = False) -> Layout:
@@ -85,7 +107,16 @@ def heads(size: int, *, interleaved: bool = False) -> Layout:
             x = x.reshape(n, 2, size // 2, d).swapaxes(1, 2)
         return x.reshape(n * size, d)
 
-    return Layout(load, save)
+    return Layout(load, save, cut=1)
+
+
+def head_bias(size: int, *, interleaved: bool = False) -> Layout:
+    """Theirs (heads · size) ↔ ours (heads, size); interleaved as in `heads`."""
+    whole = heads(size, interleaved=interleaved)
+    return Layout(
+        lambda x: (whole.load(x[:, None])[0][0],),
+        lambda parts: whole.save((parts[0][None],))[:, 0],
+    )
 
 
 def heads_out(size: int) -> Layout:
@@ -93,20 +124,48 @@ def heads_out(size: int) -> Layout:
     return Layout(
         lambda x: (x.swapaxes(0, 1).reshape(-1, size, x.shape[0]),),
         lambda parts: parts[0].reshape(-1, parts[0].shape[2]).swapaxes(0, 1),
+        cut=2,
     )
 
 
-def expand(rules: Iterable[Rule], config: TextConfig) -> Iterator[Match]:
-    """Every tensor of a checkpoint of this configuration, layer by layer."""
+def stacked_rows(layouts: Sequence[Layout], rows: Sequence[int]) -> Layout:
+    """Theirs: several tensors of one part each, one below the other, with that many rows."""
+    ends = list(itertools.accumulate(rows, initial=0))
+
+    def load(x: Any) -> Parts:
+        return tuple(
+            layout.load(x[start:stop])[0]
+            for layout, start, stop in zip(layouts, ends, ends[1:], strict=False)
+        )
+
+    def save(parts: Parts) -> Any:
+        pieces = [layout.save((part,)) for layout, part in zip(layouts, parts, strict=True)]
+        return _numpy_like(parts[0]).concatenate(pieces)
+
+    return Layout(load, save)
+
+
+def constant(value: np.ndarray) -> Layout:
+    """Theirs holds what we know anyway, and none of our arrays."""
+    return Layout(lambda x: (), lambda parts: value)
+
+
+def _numpy_like(x: Any) -> Any:
+    """The module whose functions suit `x`."""
+    return np if isinstance(x, np.ndarray) else jnp
+
+
+def expand(rules: Iterable[R], config: TextConfig) -> Iterator[tuple[Match, R]]:
+    """Every tensor of a checkpoint of this configuration and its rule, layer by layer."""
     rules = list(rules)
     for rule in rules:
         if "{l}" not in rule.theirs:
-            yield Match(rule.theirs, rule.ours, rule.layout)
+            yield Match(rule.theirs, rule.ours, rule.layout), rule
     for number, layer in enumerate(config.layers):
         for rule in rules:
             if "{l}" in rule.theirs and rule.layers(layer):
                 ours = tuple(name.format(l=number) for name in rule.ours)
-                yield Match(rule.theirs.format(l=number), ours, rule.layout)
+                yield Match(rule.theirs.format(l=number), ours, rule.layout), rule
 
 
 def places(config: TextConfig, periods: int, paths: Iterable[tuple]) -> dict[str, Place]:
@@ -125,10 +184,10 @@ def places(config: TextConfig, periods: int, paths: Iterable[tuple]) -> dict[str
     return found
 
 
-def check_complete(matches: Iterable[Match], known: Mapping[str, Place]) -> None:
+def check_complete(matches: Iterable[Match], known: Iterable[str]) -> None:
     """Raises ValueError unless the matches name every known parameter exactly once."""
-    named = [name for match in matches for name in match.ours]
-    wrong = sorted((set(named) ^ set(known)) | {n for n in named if named.count(n) > 1})
+    counts = collections.Counter(name for match in matches for name in match.ours)
+    wrong = sorted((set(counts) ^ set(known)) | {name for name, n in counts.items() if n > 1})
     if wrong:
         raise ValueError(f"the name table does not fit the model's parameters: {wrong[:5]}")
 
