@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+import l4jax.checkpoints.licences as licences
 from l4jax import checkpoints, presets, roofline
 
 
@@ -25,12 +26,14 @@ def describe(name: str, *, context: int | None = None) -> dict[str, Any]:
     """
     path = pathlib.Path(name)
     if name not in presets.PRESETS and (path.exists() or path.is_absolute() or "/" in name):
-        config, about = checkpoints.read_config(path), _checkpoint(path)
+        (config, vision), about = checkpoints.read_model(path), _checkpoint(path)
     else:
         preset = presets.get(name)
-        config = preset.make()
+        config, vision = preset.make(), preset.vision
         about = {"preset": name, "licence": preset.licence, "note": preset.note}
         about["assumed"] = list(preset.assumed)
+        if preset.licence.startswith("Llama"):
+            about |= _licence(preset.licence)
     context = min(8192, config.max_context) if context is None else context
     if not 1 <= context <= config.max_context:
         raise ValueError(f"context {context} must be from 1 to the model's {config.max_context}")
@@ -52,6 +55,11 @@ def describe(name: str, *, context: int | None = None) -> dict[str, Any]:
         },
         "layers": [list(layer) for layer in config.layers],
         "config": dataclasses.asdict(config),
+        "vision": vision
+        and {
+            "parameters": roofline.vision_parameters(vision, config.embed_dim),
+            "config": dataclasses.asdict(vision),
+        },
     }
 
 
@@ -61,15 +69,20 @@ def show(facts: dict[str, Any], console: Console) -> None:
     console.print(name, style="bold", markup=False, highlight=False)
     for key in ("note", "format", "licence"):
         if facts.get(key):
-            console.print(f"{key}: {facts[key]}", highlight=False)
+            console.print(f"{key}: {facts[key]}", highlight=False, markup=False)
     counts, cache, flops = (
         facts[key] for key in ("parameters", "kv_cache_bfloat16", "flops_per_token")
     )
     kinds = collections.Counter(f"{a} {f}" for a, f in facts["layers"])
     sizes = ", ".join(f"{dtype} {_bytes(n)}" for dtype, n in facts["bytes"].items())
+    vision = facts["vision"] and facts["vision"]["parameters"]
+    besides = f"; {_count(vision)} more in the image encoder" if vision else ""
     table = Table(show_header=False, box=None)
     for row in (
-        ("parameters", f"{_count(counts['total'])} in total, {_count(counts['active'])} active"),
+        (
+            "parameters",
+            f"{_count(counts['total'])} in total, {_count(counts['active'])} active{besides}",
+        ),
         ("weights", sizes),
         ("layers", ", ".join(f"{n} {kind}" for kind, n in kinds.items())),
         (
@@ -87,14 +100,32 @@ def show(facts: dict[str, Any], console: Console) -> None:
     console.print(table)
     for line in facts.get("assumed", []):
         console.print(f"[yellow]our assumption, not published:[/yellow] {line}", highlight=False)
+    if facts.get("duties"):
+        console.print("Whoever passes these weights on, or builds on them, must:")
+        for line in facts["duties"]:
+            console.print(f"- {line}", highlight=False, markup=False)
 
 
 def _checkpoint(path: pathlib.Path) -> dict[str, Any]:
-    """What only a checkpoint has: where it is, its format and its size on disk."""
+    """What only a checkpoint has: where it is, its format, its size on disk, whose licence."""
     directory, kind = checkpoints.detect(path)
     size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-    names = {"orbax": "l4jax (Orbax)", "hf": "Hugging Face safetensors"}
-    return {"checkpoint": str(directory), "format": names[kind], "bytes_on_disk": size}
+    names = {"orbax": "l4jax (Orbax)", "hf": "Hugging Face safetensors", "meta": "Meta shards"}
+    about = {"checkpoint": str(directory), "format": names[kind], "bytes_on_disk": size}
+    version = checkpoints.licence_of(directory, *checkpoints.describe(directory))
+    known = version not in (None, "none")
+    return about | (_licence(str(version)) if known else {"licence": None})
+
+
+def _licence(name: str) -> dict[str, Any]:
+    """Which agreement the weights come under, and what it asks."""
+    agreement = licences.get(name)
+    return {
+        "licence": agreement.title,
+        "licence_version": agreement.version,
+        "notice": agreement.notice,
+        "duties": list(agreement.duties),
+    }
 
 
 def _after(cache: dict[str, int]) -> str:

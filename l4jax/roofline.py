@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from l4jax.config import TextConfig
+from l4jax.config import TextConfig, VisionConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
 
@@ -68,6 +68,16 @@ def parameters(config: TextConfig) -> Parameters:
         norms=(2 * config.num_layers + 1) * d,
         routed_active=active,
     )
+
+
+def vision_parameters(config: VisionConfig, text_dim: int) -> int:
+    """Parameters of the image encoder, its adapter, and the projector to the decoder's width."""
+    d, out = config.embed_dim, config.output_dim
+    linear = 4 * (d * d + d) + 2 * d * config.mlp_dim + config.mlp_dim + d
+    layers = config.num_layers * (linear + 4 * d)
+    patches = config.channels * config.patch_size**2 * d + (config.side**2 + 1) * d + d
+    adapter = config.pixel_shuffle**2 * d * out + out * out
+    return patches + 4 * d + layers + adapter + out * text_dim
 
 
 def kv_bytes(config: TextConfig, context: int, *, dtype: str = "bfloat16") -> int:

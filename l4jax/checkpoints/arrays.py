@@ -266,7 +266,8 @@ def source(directory: pathlib.Path) -> Source:
         tensors[name] = Slice(
             name, store.open, store.folder, place=slot.place, spec=spec, cut=axis, grain=grain
         )
-    files = (directory / MARKER, folder / _TREE)
+    data = folder / "manifest.ocdbt"
+    files = (directory / MARKER, folder / _TREE, *((data,) if data.exists() else ()))
     matches = _matches(arrays, cut)
     return Source("orbax", directory, model, arrays, matches, tensors, marker.described, files)
 
@@ -433,6 +434,24 @@ def _new_store(
     return _NewStore(folder, leaf, shape, tuple(chunk), spec.dtype)
 
 
+def _pieces(chunk: tuple[int, ...], dtype: np.dtype) -> list[int]:
+    """The shape of the pieces of a chunk that can be read by themselves.
+
+    Leading dimensions are divided first, which keeps a piece together in memory; then the last two
+    in turn, so that a host that needs a part of either reads little more.
+    """
+    shape = list(chunk)
+    while math.prod(shape) * dtype.itemsize > _READ_BYTES:
+        even = [axis for axis, n in enumerate(shape) if n % 2 == 0]
+        if not even:
+            break
+        leading = [axis for axis in even if axis < len(shape) - 2]
+        # The last dimension is halved only while it is the longer one: short runs are slow.
+        axis = leading[0] if leading else max(even, key=lambda axis: shape[axis])
+        shape[axis] //= 2
+    return shape
+
+
 class _NewStore:
     """A stored array that conversion makes."""
 
@@ -445,16 +464,9 @@ class _NewStore:
         dtype: np.dtype,
     ) -> None:
         self.leaf, self.shape, self.file = leaf, shape, parameters / leaf
-        inner = list(chunk)
-        while math.prod(inner) * dtype.itemsize > _READ_BYTES:
-            even = [n if n % 2 == 0 else 0 for n in inner]
-            if not any(even):
-                break
-            widest = even.index(max(even))
-            inner[widest] //= 2
         plain = [{"name": "bytes", "configuration": {"endian": "little"}}]
         sharded = {
-            "chunk_shape": inner,
+            "chunk_shape": _pieces(chunk, dtype),
             "codecs": plain,
             "index_codecs": [*plain, {"name": "crc32c"}],
         }

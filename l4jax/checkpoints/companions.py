@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import l4jax.checkpoints.licences as licences
 from l4jax import presets
-from l4jax.checkpoints.formats import Format, Source, is_llama3
+from l4jax.checkpoints.formats import Format, Model, Source, is_llama3
 
 _CARRIED = re.compile(
     r"tokenizer(_config)?\.(json|model)|special_tokens_map\.json|added_tokens\.json"
@@ -81,16 +81,17 @@ def gather(
     return Extras(files, described, called, version, tuple(notes))
 
 
-def licence_of(source: Source) -> str | None:
+def licence_of(directory: pathlib.Path, model: Model, described: Mapping[str, Any]) -> str | None:
     """The licence version of a checkpoint's weights as far as it shows; "none" if said so."""
-    said = source.described.get("licence")
+    said = described.get("licence")
     if said is not None:
         return str(said)
+    called = (described.get("huggingface") or {}).get("_name_or_path")
     return (
-        licences.named_in(source.directory)
-        or licences.from_name(source.directory.resolve().name)
-        or licences.from_name(_original_name(source))
-        or _of_architecture(source)
+        licences.named_in(directory)
+        or licences.from_name(directory.resolve().name)
+        or licences.from_name(called if isinstance(called, str) else "")
+        or _of_architecture(model)
     )
 
 
@@ -98,11 +99,11 @@ def _version(source: Source, said: str | None, *, export: bool) -> tuple[str, li
     """The version to go by, and what the user should know of how it was found."""
     if said is not None:
         return (_NONE, []) if said.lower() == _NONE else (licences.get(said).version, [])
-    found = licence_of(source)
+    found = licence_of(source.directory, source.model, source.described)
     if found is not None:
         note = f"The weights' licence is taken to be Llama {found}; say --licence if it is another"
         return found, [] if found == _NONE else [f"{note}, or none if they are your own."]
-    versions = _candidates(source)
+    versions = _candidates(source.model)
     if len(versions) > 1 and export:
         raise ValueError(
             f"{source.directory}: its licence may be that of Llama {' or '.join(versions)}, whose "
@@ -114,29 +115,23 @@ def _version(source: Source, said: str | None, *, export: bool) -> tuple[str, li
     ]
 
 
-def _candidates(source: Source) -> list[str]:
+def _candidates(model: Model) -> list[str]:
     """Versions whose published models have this architecture, whatever their context."""
-    text = source.model.text
     found = {
         licences.get(preset.licence).version
         for preset in presets.PRESETS.values()
-        if preset.licence.startswith("Llama") and presets.same_but_context(preset.make(), text)
+        if preset.licence.startswith("Llama")
+        and presets.same_but_context(preset.make(), model.text)
     }
     return sorted(found)
 
 
-def _of_architecture(source: Source) -> str | None:
+def _of_architecture(model: Model) -> str | None:
     """Llama 4's architecture is nobody else's; a dense model's only if its sizes are published."""
-    if not is_llama3(source.model):
+    if not is_llama3(model):
         return "4"
-    versions = _candidates(source)
+    versions = _candidates(model)
     return versions[0] if len(versions) == 1 else None
-
-
-def _original_name(source: Source) -> str:
-    values = source.described.get("huggingface") or {}
-    name = values.get("_name_or_path")
-    return name if isinstance(name, str) else ""
 
 
 def _with_prefix(name: str, agreement: licences.Licence) -> str:

@@ -25,14 +25,16 @@ import numpy as np
 
 import l4jax.checkpoints.companions as companions
 import l4jax.checkpoints.manifest as manifest
+import l4jax.checkpoints.remote as remote
 from l4jax.checkpoints.directory import source as open_source
 from l4jax.checkpoints.formats import SCALE, Format, Source, base
 from l4jax.checkpoints.journal import Entry, Journal
 from l4jax.checkpoints.plan import Component, Options, Plan, check_options, make_plan
+from l4jax.checkpoints.remote import Begin
 from l4jax.checkpoints.rows import Rows, cast, compact, first_not_finite
 from l4jax.kernels.quantized import dequantize, quantize, scheme_of
 
-SLAB_BYTES = 128 << 20
+SLAB_BYTES = 64 << 20
 """Of our arrays that are moved together, unless a single row is larger."""
 MEMORY_BYTES = 1 << 30
 """Of slabs under way at the same time, each counted with its copies, unless one alone is larger."""
@@ -50,7 +52,7 @@ def convert(
     licence: str | None = None,
     name: str | None = None,
     any_name: bool = False,
-    begin: Callable[[int, int], Callable[[int], None]] | None = None,
+    begin: Begin | None = None,
 ) -> dict[str, Any]:
     """Writes the checkpoint in `src` to the new directory `dst` in another format.
 
@@ -58,10 +60,10 @@ def convert(
     checkpoint.
 
     Args:
-        src: a directory in any of the formats.
-        dst: must not exist, or be an empty directory.
+        src: a directory in any of the formats; gs:// and s3:// addresses are copied here first.
+        dst: must not exist, or be an empty directory; what goes to an address is made here first.
         to: "orbax", "hf" or "meta".
-        options: types and sizes.
+        options: types, sizes, and where to keep what comes from and goes to addresses.
         licence: the Llama licence version of the weights ("3.0" to "4"), or "none"; found out from
             the source by default.
         name: what the model is to be called; by default the destination's name, with the prefix
@@ -73,12 +75,42 @@ def convert(
     Raises:
         FileExistsError: something is at `dst`, or another conversion is writing it.
         FileNotFoundError: a file of the source is missing.
+        ImportError: an address needs a package that is not installed.
         OSError: the disk is full or not writable.
         ValueError: the source is damaged or not supported, the format or type cannot hold it, or
             the name is not allowed. The message names file, tensor and value.
     """
-    begun = time.perf_counter()
     check_options(to, options)
+    here, there = os.fspath(src), os.fspath(dst)
+    if remote.is_remote(here):
+        src = remote.staging(here, options.staging)
+        remote.download(here, src, begin)
+    names = {"licence": licence, "name": name, "any_name": any_name}
+    if remote.is_remote(there):
+        remote.check_free(there)
+        dst = remote.staging(there, options.staging, here, to, *options, *names.values())
+        # An earlier try may have been cut off while it was sent.
+        shutil.rmtree(dst, ignore_errors=True)
+    report = _convert_here(src, dst, to=to, options=options, names=names, begin=begin)
+    if remote.is_remote(there):
+        remote.upload(pathlib.Path(dst), there, begin)
+    for address, folder in ((here, src), (there, dst)):
+        if remote.is_remote(address):
+            shutil.rmtree(pathlib.Path(folder).parent)
+    return report | {"source": here, "destination": there}
+
+
+def _convert_here(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    to: Format,
+    options: Options,
+    names: Mapping[str, Any],
+    begin: Begin | None,
+) -> dict[str, Any]:
+    """`convert` between directories of this machine."""
+    begun = time.perf_counter()
     final = pathlib.Path(dst).absolute()
     work = final.with_name(f".{final.name}.converting")
     source = open_source(src)
@@ -87,9 +119,7 @@ def convert(
         raise ValueError(f"{final}: lies in the source {inside}, which is left as it is")
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise FileExistsError(f"{final}: already exists and is not empty")
-    extras = companions.gather(
-        source, to=to, licence=licence, name=name, default_name=final.name, any_name=any_name
-    )
+    extras = companions.gather(source, to=to, default_name=final.name, **names)
     plan = make_plan(source, work, to=to, options=options, described=extras.described)
     total = sum(component.nbytes for component in plan.components)
     with Journal(work.with_name(work.name + ".jsonl"), _fingerprint(plan, to, options)) as journal:
@@ -125,7 +155,8 @@ def _fingerprint(plan: Plan, to: Format, options: Options) -> str:
         stat = file.stat()
         files.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
     stored = {k: v for t in plan.target.tensors.values() for k, v in t.stored().items()}
-    text = json.dumps([files, to, list(options), stored], sort_keys=True)
+    how = options._replace(staging=None)
+    text = json.dumps([files, to, list(how), stored], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

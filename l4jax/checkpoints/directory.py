@@ -50,14 +50,24 @@ def source(path: str | os.PathLike[str]) -> Source:
     return {"orbax": arrays, "hf": huggingface, "meta": meta}[kind].source(directory)
 
 
-def read_model(path: str | os.PathLike[str]) -> Model:
-    """The architectures of a checkpoint's text and vision parts; raises as `load` does."""
+def describe(path: str | os.PathLike[str]) -> tuple[Model, Mapping[str, Any]]:
+    """The architectures in a checkpoint, and what it says of the model, by format.
+
+    Raises as `load` does.
+    """
     directory, kind = detect(path)
     if kind == "orbax":
-        return orbax.read_marker(directory).model
+        return orbax.read_marker(directory)
     if kind == "hf":
-        return huggingface.describe(directory / huggingface.CONFIG).model
-    return meta.source(directory).model
+        found = huggingface.describe(directory / huggingface.CONFIG)
+        return found.model, {"huggingface": found.values}
+    opened = meta.source(directory)
+    return opened.model, opened.described
+
+
+def read_model(path: str | os.PathLike[str]) -> Model:
+    """The architectures of a checkpoint's text and vision parts; raises as `load` does."""
+    return describe(path)[0]
 
 
 def read_config(path: str | os.PathLike[str]) -> TextConfig:

@@ -34,7 +34,7 @@ from l4jax.checkpoints.formats import (
     some,
 )
 from l4jax.checkpoints.rows import Cell, Joined, Rows, Sum
-from l4jax.checkpoints.tables import Match, check_complete, expand, places, their_shape
+from l4jax.checkpoints.tables import SAME, Match, check_complete, expand, places, their_shape
 from l4jax.config import TextConfig
 from l4jax.kernels.quantized import DTYPES, Quantized, Scheme, scheme_of
 from l4jax.models.llama4 import Llama
@@ -129,7 +129,7 @@ def source(directory: pathlib.Path) -> Source:
     found = found._replace(model=Model(text, images))
     shapes = array_shapes(found.model)
     parts = _parts_in(found, entries, shapes)
-    _check_names(directory, text, {name for part in parts for name in part.names}, entries)
+    _check_names(directory, {name for part in parts for name in part.names}, entries)
     tensors: dict[str, Rows] = {}
     arrays: dict[str, Spec] = {}
     for part in parts:
@@ -153,7 +153,11 @@ def _parts_in(
     """The tensors that a directory should hold, given which experts and scales are there."""
     split = any(".experts.0." in name for name in entries)
     parts = []
-    for match in _table(found, split_experts=split):
+    table = _table(found, split_experts=split)
+    if found.model.text.tie_embeddings and (head := f"{found.prefix}lm_head.weight") in entries:
+        # Some exporters write the tied head as well; it can only repeat the embedding table.
+        table.append(Match(head, ("embed",), SAME))
+    for match in table:
         shape = their_shape(match.layout, [shapes[name] for name in match.ours])
         stem = match.theirs.removesuffix(".weight")
         scale = entries.get(_stored(stem + compressed.SCALED, found.model.text)[0])
@@ -231,16 +235,10 @@ def _joined(part: Part, entries: Mapping[str, safetensors.Entry]) -> Joined:
 
 
 def _check_names(
-    directory: pathlib.Path,
-    config: TextConfig,
-    expected: set[str],
-    entries: Mapping[str, safetensors.Entry],
+    directory: pathlib.Path, expected: set[str], entries: Mapping[str, safetensors.Entry]
 ) -> None:
     """Raises ValueError naming tensors that no rule matches, or that are missing."""
     unknown = sorted(name for name in set(entries) - expected if not _ignored(name))
-    if config.tie_embeddings:
-        # Some exporters write the tied head as well; it can only repeat the embedding table.
-        unknown = [name for name in unknown if not name.endswith("lm_head.weight")]
     if unknown:
         raise ValueError(f"{directory}: no rule matches {some(unknown)}")
     missing = sorted(expected - set(entries))

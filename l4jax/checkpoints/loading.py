@@ -65,7 +65,10 @@ class _Arrays:
     def __init__(self, source: Source, dtype: str | None) -> None:
         self._source, self._dtype = source, dtype
         self._holders: dict[str, tuple[Match, int]] = {
-            name: (match, part) for match in source.matches for part, name in enumerate(match.ours)
+            # Of two tensors that hold the same array, the embedding table comes before the head.
+            name: (match, part)
+            for match in reversed(source.matches)
+            for part, name in enumerate(match.ours)
         }
 
     def placed(

@@ -27,7 +27,7 @@ from l4jax.models.llama4 import Llama
 
 MARKER = "l4jax.json"
 PARAMETERS = "parameters"
-CHUNK_BYTES = 128 << 20
+CHUNK_BYTES = 32 << 20
 """Of one stored chunk, unless a single row is larger."""
 _FORMAT = 2
 _READABLE = (1, 2)

@@ -82,7 +82,14 @@ def model_from(
         section = values[OURS]
         text = from_json(TextConfig, section["config"])
         images = values.get("vision_args")
-        return Model(text, images and vision.args_from(images))
+        model = Model(text, images and vision.args_from(images))
+        for name, expected in values_to(model, None).items():
+            if name != OURS and values.get(name, expected) != expected:
+                raise ValueError(
+                    f"params.json: {name} {values[name]!r} contradicts the section {OURS!r} beside "
+                    f"it, which calls for {expected!r}; change or remove that section"
+                )
+        return model
     try:
         llama_4 = any(".wqkv." in name for name in shapes)
         make = _llama4 if llama_4 else _llama3

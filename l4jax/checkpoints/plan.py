@@ -35,6 +35,7 @@ class Options(NamedTuple):
     group: inputs that share a scale in int4.
     max_shard_bytes: size at which a new safetensors file begins.
     shards: of Meta's format.
+    staging: folder for checkpoints from or for an address; a temporary one by default.
     """
 
     dtype: str | None = None
@@ -42,6 +43,7 @@ class Options(NamedTuple):
     group: int = GROUP
     max_shard_bytes: int = 5_000_000_000
     shards: int = 1
+    staging: pathlib.Path | None = None
 
 
 class Component(NamedTuple):
