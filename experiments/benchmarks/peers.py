@@ -187,8 +187,8 @@ def write(name: str, report: dict[str, object], args: argparse.Namespace, figure
         print(f"written to {args.out / name}.json and .png", file=sys.stderr)
 
 
-def bars(title: str, groups: Mapping[str, Mapping[str, float]]):
-    """A figure with tokens per second of every contestant; one panel for each group."""
+def bars(title: str, groups: Mapping[str, Mapping[str, float]], unit: str = "tokens per second"):
+    """A figure with the speed of every contestant; one panel for each group."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5 * len(groups), 3.2))
@@ -199,7 +199,7 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]]):
         axes.bar_label(drawn, fmt="%.0f", padding=3)
         axes.invert_yaxis()
         axes.margins(x=0.2)
-        axes.set(title=group, xlabel="tokens per second")
+        axes.set(title=group, xlabel=unit)
     figure.suptitle(title)
     figure.tight_layout()
     return figure
