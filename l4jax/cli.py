@@ -282,8 +282,8 @@ def reuse_memory() -> None:
         import ctypes
 
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        trim_threshold, mmap_threshold, arena_max = -1, -3, -8
-        for option, value in ((trim_threshold, -1), (mmap_threshold, 1 << 30), (arena_max, 1)):
+        trim_threshold, mmap_max, arena_max = -1, -4, -8
+        for option, value in ((trim_threshold, -1), (mmap_max, 0), (arena_max, 1)):
             if mallopt is not None:
                 mallopt(option, value)
 

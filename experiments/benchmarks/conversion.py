@@ -88,8 +88,9 @@ def make_source(directory: Path, gigabytes: float) -> int:
 
 def work(kind: str, source: str, destination: str) -> None:
     """What one process does, after it has said that it is ready."""
-    from l4jax import checkpoints
+    from l4jax import checkpoints, cli
 
+    cli.reuse_memory()
     if kind == "orbax save":
         import jax
         from orbax.checkpoint import v1 as ocp

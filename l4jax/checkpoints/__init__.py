@@ -2,14 +2,14 @@
 
 What a file is for, from the ground up:
 
-- files: `safetensors`, `pth` (PyTorch's, without torch), `rows` (tensors by rows, hashed on the way)
+- files: `safetensors`, `pth` (PyTorch's, without torch), `rows` (tensors by rows, with hashes)
 - names: `tables` (rules, used in both directions), `llama3`, `llama4`, `vision` (one per family)
 - descriptions: `fields` (config.json), `params` (params.json), `compressed` (quantized packages)
-- formats: `formats` (what they share: a `Source` to read, a `Target` to write), `huggingface`, `meta`,
-  `orbax` (models) and `arrays` (the same directories, slice by slice)
+- formats: `formats` (what they share: a `Source` to read, a `Target` to write), `huggingface`,
+  `meta`, `orbax` (models) and `arrays` (the same directories, slice by slice)
 - in memory: `directory` (detects the format), `loading` (a model from a `Source`)
-- conversion: `plan`, `convert`, `journal` (resuming), `manifest` (checksums, `verify`), `companions`
-  and `licences` (what travels beside the weights), `remote` (gs://, s3://)
+- conversion: `plan`, `convert`, `journal` (resuming), `manifest` (checksums, `verify`),
+  `companions` and `licences` (what travels beside the weights), `remote` (gs://, s3://)
 """
 
 from l4jax.checkpoints.companions import licence_of as licence_of

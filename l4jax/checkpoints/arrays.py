@@ -7,18 +7,19 @@ touches the rest of an array that may be far larger than memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import pathlib
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore
 import xxhash
-from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from l4jax.checkpoints.formats import (
@@ -31,6 +32,7 @@ from l4jax.checkpoints.formats import (
     base,
     cuts,
     some,
+    text_places,
     widest,
 )
 from l4jax.checkpoints.orbax import (
@@ -45,10 +47,8 @@ from l4jax.checkpoints.orbax import (
 )
 from l4jax.checkpoints.rows import Rows, Sum, compact, first_not_finite
 from l4jax.checkpoints.safetensors import write_json
-from l4jax.checkpoints.tables import Layout, Match, places
-from l4jax.config import Execution
+from l4jax.checkpoints.tables import Layout, Match
 from l4jax.kernels.quantized import scheme_of
-from l4jax.models.llama4 import Llama
 
 _READ_BYTES = 8 << 20
 """Of the pieces inside a chunk that can be read by themselves."""
@@ -75,6 +75,7 @@ class Slice:
         spec: shape and type of the slice.
         cut: the dimension along which it is read and written; None for all at once.
         grain: how many rows along the cut lie in one stored chunk.
+        sync: returns when what was written to the store is on the disk.
     """
 
     def __init__(
@@ -87,8 +88,9 @@ class Slice:
         spec: Spec,
         cut: int | None,
         grain: int,
+        sync: Callable[[], None] = lambda: None,
     ) -> None:
-        self.key, self.file = key, file
+        self.key, self.file, self._sync = key, file, sync
         self.shape, self.dtype = spec
         self.cut, self.grain, self._place = cut, grain, place
         self.length = 1 if cut is None else spec.shape[cut]
@@ -135,7 +137,8 @@ class Slice:
         return {self.key: (self.shape, self.dtype.name)}
 
     def sync(self) -> None:
-        """Nothing to do: the storage library returns when what it wrote is on the disk."""
+        """Returns when what was written is on the disk."""
+        self._sync()
 
     def _part(self, start: int, stop: int) -> Any:
         store = self._open()
@@ -169,10 +172,7 @@ def _reason(error: Exception) -> str:
 # --- Where arrays lie ----------------------------------------------------------------------------
 def slots(model: Model, names: Collection[str], *, scanned: bool) -> dict[str, Slot]:
     """The place of every canonical array, with layers stacked or each by itself."""
-    execution = Execution(scan=scanned)
-    text = nnx.eval_shape(lambda: Llama(model.text, execution=execution, rngs=nnx.Rngs(0)))
-    flat = dict(nnx.to_flat_state(nnx.state(text, nnx.Param)))
-    known = places(model.text, text.periods, flat)
+    known = text_places(model.text, scanned=scanned)
     found = {}
     for name in names:
         stem = base(name)
@@ -181,7 +181,7 @@ def slots(model: Model, names: Collection[str], *, scanned: bool) -> dict[str, S
             place: int | None
             leaf, place = f"vision.layers.{rest}", int(number)
         elif stem in known:
-            leaf, place = ".".join(map(str, known[stem].path)), known[stem].period
+            leaf, place = ".".join(map(str, known[stem][0].path)), known[stem][0].period
         else:
             leaf, place = stem, None
         if name.endswith(SCALE):
@@ -233,7 +233,8 @@ def source(directory: pathlib.Path) -> Source:
     leaves = {
         ".".join(str(k["key"]) for k in x["key_metadata"]) for x in tree["tree_metadata"].values()
     }
-    stores = {leaf: _Store(folder, leaf, tree) for leaf in leaves}
+    context = tensorstore.Context()
+    stores = {leaf: _Store(folder, leaf, tree, context) for leaf in leaves}
     model = marker.model
     if not any(leaf.startswith("vision.") for leaf in leaves):
         model = model._replace(vision=None)
@@ -288,7 +289,9 @@ def _tree(parameters: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
 class _Store:
     """A stored array, opened when it is first needed."""
 
-    def __init__(self, folder: pathlib.Path, leaf: str, tree: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: pathlib.Path, leaf: str, tree: Mapping[str, Any], context: Any
+    ) -> None:
         self.folder = folder / leaf
         driver = "zarr3" if tree.get("use_zarr3") else "zarr"
         if tree.get("use_ocdbt"):
@@ -297,7 +300,7 @@ class _Store:
             kvstore = {"driver": "file", "path": f"{self.folder.absolute()}/"}
         try:
             spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
-            self._store = tensorstore.open(spec, read=True).result()
+            self._store = tensorstore.open(spec, context=context, read=True).result()
         except ValueError as error:
             raise ValueError(f"{self.folder}: cannot be opened: {_reason(error)}") from None
         self.shape = tuple(self._store.shape)
@@ -330,6 +333,7 @@ def target(
         sizes[slot.leaf] = top if top is None else max(sizes.get(slot.leaf) or 1, top)
     folder = directory / PARAMETERS
     leaves: dict[str, _NewStore] = {}
+    container = _Container(directory, leaves)
     tensors: dict[str, Rows] = {}
     for name, slot in where.items():
         axis = cut.get(base(name))
@@ -340,9 +344,15 @@ def target(
             )
         store = leaves[slot.leaf]
         tensors[name] = Slice(
-            name, store.open, store.file, place=slot.place, spec=wanted[name], cut=axis, grain=grain
+            name,
+            store.open,
+            store.file,
+            place=slot.place,
+            spec=wanted[name],
+            cut=axis,
+            grain=grain,
+            sync=container.sync,
         )
-    container = _Container(directory, list(leaves.values()))
 
     def finish(sums: Mapping[str, Sum]) -> None:
         container.finish()
@@ -355,15 +365,19 @@ def target(
 class _Container:
     """Orbax's files around the arrays, which Orbax itself makes by saving a skeleton."""
 
-    def __init__(self, directory: pathlib.Path, stores: list[_NewStore]) -> None:
+    def __init__(self, directory: pathlib.Path, stores: Mapping[str, _NewStore]) -> None:
         self._directory, self._stores = directory, stores
         self._folder = directory / PARAMETERS
+        self._synced: set[pathlib.Path] = set()
+        # Written without waiting for the disk at each chunk; `sync` does that for many at once. One
+        # context for all arrays, so that they are one store and do not vie for its manifest.
+        self._context = tensorstore.Context({"file_io_sync": False})
 
     def intact(self) -> bool:
         """Whether all arrays are there."""
         try:
             inside, _ = _tree(self._folder)
-            for opening in [store.open_in(inside, create=False) for store in self._stores]:
+            for opening in self._open(inside, create=False).values():
                 opening.result()
         except (OSError, ValueError):
             return False
@@ -376,25 +390,51 @@ class _Container:
                 shutil.rmtree(leftover)
             ocp.save(self._folder.absolute(), {_SKELETON: np.zeros(1, np.float32)})
         inside, _ = _tree(self._folder)
-        making = [(store, store.open_in(inside, create=True)) for store in self._stores]
-        for store, future in making:
+        for leaf, making in self._open(inside, create=True).items():
             try:
-                future.result()
+                making.result()
             except ValueError as error:
-                raise OSError(f"{store.file}: cannot be made: {_reason(error)}") from error
+                raise OSError(f"{inside / leaf}: cannot be made: {_reason(error)}") from error
+
+    def sync(self) -> None:
+        """Returns when all that was written so far is on the disk."""
+        inside, _ = _tree(self._folder)
+        new = set((inside / "d").iterdir()) - self._synced
+        for file in (*new, inside / "manifest.ocdbt"):
+            with contextlib.suppress(FileNotFoundError):  # temporary names come and go
+                _sync(file)
+        _sync(inside / "d")
+        self._synced |= new
+
+    def _open(self, inside: pathlib.Path, *, create: bool) -> dict[str, Any]:
+        return {
+            leaf: store.open_in(inside, context=self._context, create=create)
+            for leaf, store in self._stores.items()
+        }
 
     def finish(self) -> None:
         """Puts the arrays' description in the place of the skeleton's."""
         inside, tree = _tree(self._folder)
         first = next(iter(tree["tree_metadata"].values()))
         if first["key_metadata"][0]["key"] == _SKELETON:
-            tree["tree_metadata"] = dict(_tree_entry(store, first) for store in self._stores)
+            tree["tree_metadata"] = dict(
+                _tree_entry(store, first) for store in self._stores.values()
+            )
             write_json(inside / _TREE, tree)
         skeleton = tensorstore.KvStore.open(_in_ocdbt(inside, _SKELETON)).result()
         skeleton.delete_range(tensorstore.KvStore.KeyRange()).result()
         for name in ("array_metadatas", "ocdbt.process_0"):
             shutil.rmtree(inside / name, ignore_errors=True)
         (inside / "_sharding").unlink(missing_ok=True)
+        self.sync()
+
+
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _in_ocdbt(folder: pathlib.Path, leaf: str) -> dict[str, Any]:
@@ -478,7 +518,7 @@ class _NewStore:
         }
         self._store: Any = None
 
-    def open_in(self, folder: pathlib.Path, *, create: bool) -> Any:
+    def open_in(self, folder: pathlib.Path, *, context: Any, create: bool) -> Any:
         """Begins to open the array that an earlier try has made, or to make it."""
         spec = {
             "driver": "zarr3",
@@ -486,7 +526,7 @@ class _NewStore:
             "metadata": self._metadata,
             "store_data_equal_to_fill_value": True,
         }
-        self._store = tensorstore.open(spec, open=True, create=create)
+        self._store = tensorstore.open(spec, context=context, open=True, create=create)
         return self._store
 
     def open(self) -> Any:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import queue
 import shutil
 import threading
 import time
@@ -206,6 +207,7 @@ def _move_all(plan: Plan, journal: Journal, advance: Callable[[int], None]) -> N
     """Moves every component that is not done, a few at a time; the first error stops all."""
     expected = manifest.read(plan.source)
     memory, stop = _Memory(MEMORY_BYTES), threading.Event()
+    moved: queue.SimpleQueue[tuple[Component, Entry] | None] = queue.SimpleQueue()
 
     def move(component: Component) -> None:
         if stop.is_set():
@@ -217,17 +219,52 @@ def _move_all(plan: Plan, journal: Journal, advance: Callable[[int], None]) -> N
             stop.set()
             raise
         if entry is not None:
-            journal.add(component.name, entry)
+            moved.put((component, entry))
 
     waiting = [c for c in plan.components if c.name not in journal.done]
-    with ThreadPoolExecutor(WORKERS) as pool:
-        futures = [pool.submit(move, component) for component in waiting]
+    with ThreadPoolExecutor(1) as settling, ThreadPoolExecutor(WORKERS) as moving:
+        settled = settling.submit(_settle_all, plan, journal, moved, stop)
+        futures = [moving.submit(move, component) for component in waiting]
         try:
             for future in as_completed(futures):
                 future.result()
         except BaseException:
             stop.set()
-            pool.shutdown(cancel_futures=True)
+            moving.shutdown(cancel_futures=True)
+            raise
+        finally:
+            moved.put(None)
+        settled.result()
+
+
+def _settle_all(
+    plan: Plan,
+    journal: Journal,
+    moved: queue.SimpleQueue[tuple[Component, Entry] | None],
+    stop: threading.Event,
+) -> None:
+    """Notes components in the journal once they are on the disk, until None comes.
+
+    In a thread of its own, so that nobody else waits for the disk; all that has come meanwhile is
+    settled together.
+    """
+    ended = False
+    while not ended:
+        batch = [moved.get()]
+        while not moved.empty():
+            batch.append(moved.get())
+        ended = None in batch
+        done = [item for item in batch if item is not None]
+        try:
+            for sync in {
+                plan.target.tensors[match.theirs].sync: None
+                for component, _ in done
+                for match in component.target
+            }:
+                sync()
+            journal.add([(component.name, entry) for component, entry in done])
+        except BaseException:
+            stop.set()
             raise
 
 
@@ -268,8 +305,6 @@ def _move(
         )
     for tensor in read.values():
         manifest.check_written(plan.source, tensor, expected)
-    for tensor in write.values():
-        tensor.sync()
     return Entry(
         {key: value for tensor in read.values() for key, value in tensor.sums().items()},
         {key: value for tensor in write.values() for key, value in tensor.sums().items()},

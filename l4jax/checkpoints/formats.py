@@ -6,6 +6,7 @@ own, for its scale.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -18,8 +19,8 @@ import l4jax.checkpoints.llama3 as llama3
 import l4jax.checkpoints.llama4 as llama4
 import l4jax.checkpoints.vision as vision
 from l4jax.checkpoints.rows import Rows, Sum
-from l4jax.checkpoints.tables import Layout, Match, expand, places
-from l4jax.config import TextConfig, VisionConfig
+from l4jax.checkpoints.tables import Layout, Match, Place, expand, places
+from l4jax.config import Execution, TextConfig, VisionConfig
 from l4jax.models.llama4 import Llama
 
 Format = Literal["orbax", "hf", "meta"]
@@ -96,15 +97,22 @@ def cuts(model: Model) -> dict[str, int | None]:
     return {name: match.layout.cut for match in matches for name in match.ours}
 
 
+@functools.cache
+def text_places(config: TextConfig, *, scanned: bool) -> dict[str, tuple[Place, tuple[int, ...]]]:
+    """Where each array of a decoder lies in its parameters, and the array's shape."""
+    execution = Execution(scan=scanned)
+    text = nnx.eval_shape(lambda: Llama(config, execution=execution, rngs=nnx.Rngs(0)))
+    flat = dict(nnx.to_flat_state(nnx.state(text, nnx.Param)))
+    return {
+        name: (place, flat[place.path].shape[place.period is not None :])
+        for name, place in places(config, text.periods, flat).items()
+    }
+
+
 def array_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """The shape of every canonical array of an unquantized model."""
     config, images = model
-    text = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    flat = dict(nnx.to_flat_state(nnx.state(text, nnx.Param)))
-    shapes = {
-        name: flat[place.path].shape[place.period is not None :]
-        for name, place in places(config, text.periods, flat).items()
-    }
+    shapes = {name: shape for name, (_, shape) in text_places(config, scanned=True).items()}
     if images is not None:
         shapes |= {array.ours: array.shape for array in vision.arrays(images, config.embed_dim)}
     return shapes

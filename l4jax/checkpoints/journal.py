@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import pathlib
-import threading
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from l4jax.checkpoints.rows import Sum
@@ -28,7 +28,6 @@ class Journal:
     def __init__(self, file: pathlib.Path, fingerprint: str) -> None:
         self.file, self._fingerprint = file, fingerprint
         self.done: dict[str, Entry] = {}
-        self._lock = threading.Lock()
 
     def __enter__(self) -> Journal:
         """Opens it and reads what is done.
@@ -79,11 +78,11 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
-    def add(self, name: str, entry: Entry) -> None:
-        """Says that a component is done; what it wrote must be on the disk."""
-        with self._lock:
-            self._append({"component": name} | entry._asdict())
-            self.done[name] = entry
+    def add(self, entries: Iterable[tuple[str, Entry]]) -> None:
+        """Says that components are done; what they wrote must be on the disk."""
+        entries = list(entries)
+        self._append(*({"component": name} | entry._asdict() for name, entry in entries))
+        self.done.update(entries)
 
     def forget(self) -> None:
         """Begins anew: what the journal speaks of is gone."""
@@ -95,9 +94,9 @@ class Journal:
         """Removes it, when all is done or nothing was."""
         self.file.unlink(missing_ok=True)
 
-    def _append(self, value: dict[str, Any]) -> None:
+    def _append(self, *values: dict[str, Any]) -> None:
         try:
-            self._stream.write(json.dumps(value).encode() + b"\n")
+            self._stream.write(b"".join(json.dumps(value).encode() + b"\n" for value in values))
             os.fsync(self._stream.fileno())
         except OSError as error:
             raise OSError(error.errno, error.strerror, os.fspath(self.file)) from error

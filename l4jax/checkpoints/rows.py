@@ -207,7 +207,7 @@ class Joined:
             return self._read_spans(start, stop)
         parts = [cell.read(start, stop) for cell in self.cells]
         if self.join.axis is not None:
-            return np.concatenate([_plain(p) for p in parts], axis=self.join.axis).view(self.dtype)
+            return np.concatenate([plain(p) for p in parts], axis=self.join.axis).view(self.dtype)
         for cell, part in zip(self.cells, parts, strict=True):
             self._check_copy(cell, part, parts[0])
         return parts[0]
@@ -235,7 +235,7 @@ class Joined:
         parts = [part.view(self.dtype) for part in parts]
         if len(parts) == 1 or self.join.axis is None:
             return parts[0]
-        return np.concatenate([_plain(part) for part in parts], self.join.axis).view(self.dtype)
+        return np.concatenate([plain(part) for part in parts], self.join.axis).view(self.dtype)
 
     def sums(self) -> dict[str, Sum]:
         """The checksums of every cell."""
@@ -262,7 +262,7 @@ class Joined:
             if previous is not None and previous[0] == outside:
                 self._check_copy(cell, part, previous[1])
             else:
-                _plain(rows)[outside.start - start : outside.stop - start] = _plain(part)
+                plain(rows)[outside.start - start : outside.stop - start] = plain(part)
                 previous = outside, part
         return rows
 
@@ -296,7 +296,7 @@ def compact(x: np.ndarray) -> np.ndarray:
     if x.flags.c_contiguous:
         return x
     y = np.empty(x.shape, x.dtype)
-    source, target = _plain(x), _plain(y)
+    source, target = plain(x), plain(y)
     if x.ndim < 2 or x.strides[-1] <= abs(x.strides[-2]):
         target[...] = source
         return y
@@ -324,7 +324,7 @@ def first_not_finite(x: np.ndarray) -> int | None:
     mask = _EXPONENTS.get(x.dtype)
     if mask is None:
         return None
-    flat = _plain(x.reshape(-1))
+    flat = plain(x.reshape(-1))
     bits = flat.dtype.type(mask)
     for start in range(0, flat.size, _STEP):
         wrong = (flat[start : start + _STEP] & bits) == bits
@@ -333,7 +333,7 @@ def first_not_finite(x: np.ndarray) -> int | None:
     return None
 
 
-def _plain(x: np.ndarray) -> np.ndarray:
+def plain(x: np.ndarray) -> np.ndarray:
     """`x` as integers of its size, which NumPy moves faster than the types it does not know."""
     return x.view(np.dtype(f"u{x.dtype.itemsize}"))
 

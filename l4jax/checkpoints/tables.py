@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l4jax.checkpoints.rows import Join
+from l4jax.checkpoints.rows import Join, plain
 from l4jax.config import Layer, TextConfig
 
 Parts = tuple[Any, ...]
@@ -81,7 +81,7 @@ TRANSPOSED_EXPERTS = TRANSPOSED._replace(cut=0)
 """The same inside each expert: (e, out, in) ↔ (e, in, out)."""
 HALVES = Layout(
     lambda x: (x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]),
-    lambda parts: _numpy_like(parts[0]).concatenate(parts, axis=-1),
+    lambda parts: _concatenate(parts, axis=-1),
     cut=0,
 )
 """One array (e, …, 2f) ↔ its two halves."""
@@ -140,7 +140,7 @@ def stacked_rows(layouts: Sequence[Layout], rows: Sequence[int]) -> Layout:
 
     def save(parts: Parts) -> Any:
         pieces = [layout.save((part,)) for layout, part in zip(layouts, parts, strict=True)]
-        return _numpy_like(parts[0]).concatenate(pieces)
+        return _concatenate(pieces, axis=0)
 
     return Layout(load, save)
 
@@ -150,9 +150,11 @@ def constant(value: np.ndarray) -> Layout:
     return Layout(lambda x: (), lambda parts: value)
 
 
-def _numpy_like(x: Any) -> Any:
-    """The module whose functions suit `x`."""
-    return np if isinstance(x, np.ndarray) else jnp
+def _concatenate(parts: Sequence[Any], axis: int) -> Any:
+    """NumPy arrays or JAX arrays of one type, one after the other."""
+    if not isinstance(parts[0], np.ndarray):
+        return jnp.concatenate(parts, axis=axis)
+    return np.concatenate([plain(x) for x in parts], axis=axis).view(parts[0].dtype)
 
 
 def expand(rules: Iterable[R], config: TextConfig) -> Iterator[tuple[Match, R]]:
