@@ -6,7 +6,7 @@ What a file is for, from the ground up:
 - names: `tables` (rules, used in both directions), `llama3`, `llama4`, `vision` (one per family)
 - descriptions: `fields` (config.json), `params` (params.json), `compressed` (quantized packages)
 - formats: `formats` (what they share: a `Source` to read, a `Target` to write), `huggingface`,
-  `meta`, `orbax` (models) and `arrays` (the same directories, slice by slice)
+  `meta`, `orbax` (models), `arrays` (the same, slice by slice) and `stores` (on the disk)
 - in memory: `directory` (detects the format), `loading` (a model from a `Source`)
 - conversion: `plan`, `convert`, `journal` (resuming), `manifest` (checksums, `verify`),
   `companions` and `licences` (what travels beside the weights), `remote` (gs://, s3://)

@@ -23,6 +23,8 @@ from l4jax.checkpoints.safetensors import Entry
 
 _STEP = 1 << 20
 """Elements looked at together: few enough to stay in a core's cache."""
+_BLOCK = 1 << 20
+"""Bytes read or written together, for the same reason."""
 _TILE = 256
 """Side of the squares in which a matrix is turned; larger or smaller ones miss the cache more."""
 _EXPONENTS = {
@@ -110,24 +112,20 @@ class Cell:
         """
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
         data = rows.reshape(-1).view(np.uint8)
-        try:
-            done = _read(self.entry.file, self.entry.offset + start * self._row, data)
-        except OSError as error:
-            reason = f"{error.strerror}, while reading {self.key}"
-            raise OSError(error.errno, reason, os.fspath(self.entry.file)) from error
-        if done != data.size:
-            raise ValueError(
-                f"{self.entry.file}: truncated: {self.key} should have {data.size} more bytes "
-                f"from row {start} on, {done} are there"
-            )
-        self._add(start, stop, data)
-        place = first_not_finite(rows)
-        if place is not None:
-            index = tuple(map(int, np.unravel_index(place, rows.shape)))
-            raise ValueError(
-                f"{self.entry.file}: {self.key} holds {rows[index]} at "
-                f"{(start + index[0], *index[1:])}; weights must be finite"
-            )
+        self._begin(start, stop)
+        # Block by block, so that a block is still in the core's cache when it is looked at.
+        for first in range(0, data.size, _BLOCK):
+            block = data[first : first + _BLOCK]
+            self._fill(block, start * self._row + first)
+            self._add(block)
+            place = first_not_finite(block.view(self.dtype))
+            if place is not None:
+                place += first // self.dtype.itemsize
+                index = tuple(map(int, np.unravel_index(place, rows.shape)))
+                raise ValueError(
+                    f"{self.entry.file}: {self.key} holds {rows[index]} at "
+                    f"{(start + index[0], *index[1:])}; weights must be finite"
+                )
         if stop == self.shape[0] and self._expected_crc not in (None, self._crc):
             raise ValueError(
                 f"{self.entry.file}: {self.key} is damaged: its CRC-32 is {self._crc:#010x}, the "
@@ -140,27 +138,45 @@ class Cell:
         assert rows.shape[1:] == self.shape[1:], (self.key, rows.shape, self.shape)
         assert rows.dtype == self.dtype, (self.key, rows.dtype, self.dtype)
         data = compact(rows).reshape(-1).view(np.uint8)
-        try:
-            _write(self.entry.file, self.entry.offset + start * self._row, data)
-        except OSError as error:
-            reason = f"{error.strerror}, while writing {self.key}"
-            raise OSError(error.errno, reason, os.fspath(self.entry.file)) from error
-        self._add(start, start + len(rows), data)
+        self._begin(start, start + len(rows))
+        for first in range(0, data.size, _BLOCK):
+            block = data[first : first + _BLOCK]
+            self._add(block)
+            try:
+                _write(self.entry.file, self.entry.offset + start * self._row + first, block)
+            except OSError as error:
+                why = f"{error.strerror}, while writing {self.key}"
+                raise OSError(error.errno, why, os.fspath(self.entry.file)) from error
 
     def sum(self) -> Sum:
         """The checksums of what went through; all rows must have."""
         assert self._next == self.shape[0], (self.key, self._next, self.shape)
         return Sum(self._hash.hexdigest(), self._crc or 0)
 
-    def _add(self, start: int, stop: int, data: np.ndarray) -> None:
+    def _fill(self, block: np.ndarray, offset: int) -> None:
+        """Reads bytes of the tensor from `offset` on."""
+        try:
+            done = _read(self.entry.file, self.entry.offset + offset, block)
+        except OSError as error:
+            why = f"{error.strerror}, while reading {self.key}"
+            raise OSError(error.errno, why, os.fspath(self.entry.file)) from error
+        if done != block.size:
+            raise ValueError(
+                f"{self.entry.file}: truncated: {self.key} should have {block.size} bytes at byte "
+                f"{offset}, {done} are there"
+            )
+
+    def _begin(self, start: int, stop: int) -> None:
         if start == 0:
             self._hash.reset()
             self._crc, self._next = None if self._crc is None else 0, 0
         assert start == self._next, (self.key, start, self._next)
         self._next = stop
-        self._hash.update(data.data)
+
+    def _add(self, block: np.ndarray) -> None:
+        self._hash.update(block.data)
         if self._crc is not None:
-            self._crc = zlib.crc32(data.data, self._crc)
+            self._crc = zlib.crc32(block.data, self._crc)
 
 
 class Join(NamedTuple):
