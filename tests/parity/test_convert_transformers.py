@@ -165,12 +165,12 @@ def reread(directory, kind):
 @pytest.fixture
 def pieces(monkeypatch):
     """Tensors are moved a few rows at a time, as those of large models are."""
-    from l4jax.checkpoints import arrays
+    from l4jax.checkpoints import arrays, stores
 
     engine = importlib.import_module("l4jax.checkpoints.convert")
     monkeypatch.setattr(engine, "SLAB_BYTES", 40_000)
     monkeypatch.setattr(arrays, "CHUNK_BYTES", 20_000)
-    monkeypatch.setattr(arrays, "_READ_BYTES", 8000)
+    monkeypatch.setattr(stores, "_READ_BYTES", 8000)
 
 
 @pytest.mark.parametrize("route", params(ROUTES, ["both"]))
