@@ -272,6 +272,65 @@ class Verify(Output):
         self.print(report, show)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(Output):
+    """Compile a step for a TPU pod that nobody holds: memory, traffic, time, what would fit."""
+
+    preset: Annotated[str, tyro.conf.Positional]
+    """A preset (`tiny-NAME` for its tiny twin)."""
+    topology: str
+    """Generation and slice, such as v5p:4x4x4, v6e:16x16 or tpu7x:2x2x1."""
+    slices: int = 1
+    """Slices joined by the data centre's network; the data axis crosses them."""
+    task: Literal["train", "sft", "prefill", "decode"] = "train"
+    """Step to compile."""
+    mesh: str | None = None
+    """Sizes of mesh axes, such as fsdp=4,expert=16; what suits the slice by default."""
+    remat: Literal["none", "dots", "attention", "full", "offload"] | None = None
+    """What training computes again instead of keeping; what suits the memory by default."""
+    batch: int | None = None
+    """Sequences in a step of all devices; one for each by default, at least 16 when decoding."""
+    seq: int | None = None
+    """Tokens of a sequence; 8192 or all the model allows by default."""
+    context: str | None = None
+    """Tokens in the cache when decoding, or "max" for as many as fit; 8192 by default."""
+    search: bool = False
+    """Compile several meshes and remat policies, and rank them."""
+    limit: int = 6
+    """Most programs that --search compiles."""
+    price_per_chip_hour: float | None = None
+    """What a chip costs; adds the cost of a million tokens."""
+    measure: bool = False
+    """Run the compiled step too, if this machine has the TPU, and compare."""
+    out: pathlib.Path | None = None
+    """Folder for plan.json, plan.png, and the compiler's whole message if it refuses."""
+
+    def run(self) -> None:
+        """Plans."""
+        from l4jax.planning import report
+
+        try:
+            request = report.request(
+                self.preset,
+                topology=self.topology,
+                slices=self.slices,
+                task=self.task,
+                mesh=self.mesh,
+                remat=self.remat,
+                batch=self.batch,
+                seq=self.seq,
+                context=self.context,
+                price=self.price_per_chip_hour,
+            )
+            how = report.how(
+                search=self.search, limit=self.limit, context=self.context, measure=self.measure
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        facts = report.make(request, how, out=self.out, console=self.console())
+        self.print(facts, lambda console: report.show(facts, console))
+
+
 def reuse_memory() -> None:
     """Lets the C library keep freed buffers in the process, where it would give them back.
 
@@ -339,6 +398,7 @@ VERBS: dict[str, Any] = {
     "generate": Generate,
     "convert": Convert,
     "verify": Verify,
+    "plan": Plan,
 }
 
 

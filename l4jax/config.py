@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 AttentionKind = Literal["chunked", "causal", "global"]
 FeedForwardKind = Literal["dense", "moe"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "attention", "full", "offload"]
 
 
 def positive(section: object, *names: str) -> None:
@@ -230,10 +230,18 @@ class Execution:
     """Of matrix products and activations. Norms, softmax, router, RoPE angles, temperature and
     logits are float32 whatever this says."""
     remat: Remat = "none"
-    """What the backward pass computes again instead of keeping: "none", all but matrix products
-    ("dots"), or everything inside a layer period ("full")."""
+    """What a layer's backward pass computes again instead of keeping: nothing ("none"), all but
+    matrix products ("dots"), all but attention ("attention"), or everything ("full"). "offload" is
+    "full" with the layers' inputs waiting in host memory."""
     scan: bool = True
     """Run the periods of the layer pattern as one compiled loop; False unrolls every layer."""
+    capacity: float | None = None
+    """Most tokens that a row gives an expert, relative to an even share; what exceeds is dropped
+    (its shared expert still sees it). None drops nothing. Passes with a cache never drop."""
+
+    def __post_init__(self) -> None:
+        if self.capacity is not None:
+            positive(self, "capacity")
 
     @classmethod
     def for_parameters(cls, dtype: Any) -> Execution:

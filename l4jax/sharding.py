@@ -1,89 +1,189 @@
-"""Mesh axes, the one table from logical axes to them, and arrays that are born sharded.
+"""Mesh axes, the one table from logical axes to them, and what a shard does with the others.
 
-A parameter names its dimensions ("embed", "heads", …); `RULES` says on which mesh axes each of them
-lies. Without a mesh everything runs on one device and nothing here does anything.
+A parameter names its dimensions ("embed", "heads", …); `TRAINING` and `SERVING` say on which mesh
+axes each of them lies. The decoder runs inside one `per_shard` call: its code sees one device's
+part of every array, and asks for the others' by `read` (a whole weight), `gather` and `total`.
+Without a mesh everything runs on one device and all of these leave their argument alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from l4jax.config import TextConfig
+
 AXES = ("data", "fsdp", "expert", "context", "tensor")
-"""data: replicas. fsdp: parameters split, gathered for use. expert: experts split, never gathered.
-context: the sequence split. tensor: heads and hidden widths split."""
+"""data: replicas; the only axis that crosses slices. fsdp: parameters split, gathered for use.
+expert: experts split, never gathered. context: the sequence split. tensor: heads and hidden widths
+split. Tokens lie on the first four: rows on data, fsdp and expert, their tokens on context."""
+BATCH = ("data", "fsdp", "expert")
 
-RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp", "expert"),
-    "sequence": "context",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "experts": "expert",
-    "router": None,
-    "vocab": "tensor",
-    "layers": None,
+Rules = Mapping[str, tuple[str, ...]]
+
+TRAINING: Rules = {
+    "embed": ("fsdp", "expert", "context"),
+    "expert_embed": ("fsdp", "context"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+    "router": (),
+    "norm": (),
+    "vocab": ("tensor",),
+    "layers": (),
 }
+"""Every parameter lies on as many devices as hold different tokens, whatever those differ in."""
 
+SERVING: Rules = {**TRAINING, "embed": ("fsdp",), "expert_embed": ("fsdp",)}
+"""Only `fsdp` gathers weights: what a decode step reads should lie where it is used."""
+
+GATHERED = ("embed", "expert_embed")
+"""Dimensions that `read` makes whole; along all others a shard computes with its own part."""
+
+_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=TRAINING)
 T = TypeVar("T")
 
 
-def make_mesh(**sizes: int) -> Mesh:
+# --- Meshes --------------------------------------------------------------------------------------
+def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
     """A mesh over the first devices, e.g. `make_mesh(fsdp=4, expert=2)`; other axes have size 1.
 
+    Devices of several TPU slices are laid out so that only `data` crosses slices; its size must be
+    a multiple of their number.
+
     Raises:
-        ValueError: an axis name is unknown, or the sizes need more devices than there are.
+        ValueError: an axis name or size is not possible, or the sizes need more devices than there
+            are.
     """
-    for axis in sizes:
+    for axis, n in sizes.items():
         if axis not in AXES:
             raise ValueError(f"mesh axis {axis!r} is unknown; the axes are {', '.join(AXES)}")
+        if n < 1:
+            raise ValueError(f"mesh axis {axis}={n} must be at least 1")
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else list(devices)
     if math.prod(shape) > len(devices):
         raise ValueError(
             f"a mesh of {' × '.join(f'{a}={n}' for a, n in zip(AXES, shape, strict=True))} needs "
             f"{math.prod(shape)} devices, but there are {len(devices)}"
         )
-    return jax.make_mesh(
-        shape, AXES, axis_types=(AxisType.Auto,) * 5, devices=devices[: math.prod(shape)]
-    )
+    devices = devices[: math.prod(shape)]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        if shape[0] % slices:
+            raise ValueError(
+                f"data={shape[0]} must be a multiple of the {slices} slices it crosses"
+            )
+        placed = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // slices, *shape[1:]),
+            (slices, 1, 1, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh) -> Iterator[None]:
-    """Inside this block models are created, loaded and run on `mesh`."""
-    with jax.set_mesh(mesh):
-        yield
+def use(mesh: Mesh, rules: Rules = TRAINING) -> Iterator[None]:
+    """Inside this block models are created, loaded and run on `mesh`, laid out by `rules`."""
+    token = _rules.set(rules)
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        _rules.reset(token)
 
 
+def platform() -> str:
+    """What the code being traced will run on: "cpu", "gpu" or "tpu".
+
+    A mesh of devices that nobody holds counts: compiling for it is like running on it.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.platform if device is not None else jax.default_backend()
+
+
+def check(config: TextConfig, sizes: Mapping[str, int], rules: Rules | None = None) -> None:
+    """Whether a mesh of these sizes can hold the model.
+
+    Raises:
+        ValueError: a dimension is not divided by the axes it lies on; names the nearest sizes that
+            would do.
+    """
+    dims = {"embed": config.embed_dim, "vocab": config.vocab_size}
+    dims |= {"heads": config.attention.num_heads, "kv_heads": config.attention.num_kv_heads}
+    used = {layer.ffn for layer in config.layers}
+    widths = {config.mlp_dim} if "dense" in used else set()
+    if config.moe is not None and "moe" in used:
+        dims["experts"] = config.moe.num_experts
+        widths |= {config.moe.mlp_dim, config.moe.shared_mlp_dim}
+    for name, n in [*dims.items(), *(("mlp", width) for width in sorted(widths))]:
+        axes = (rules or _rules.get())[name]
+        parts = math.prod(sizes.get(axis, 1) for axis in axes)
+        if n % parts:
+            legal = [k for k in range(1, 2 * parts + 1) if n % k == 0]
+            near = sorted(sorted(legal, key=lambda k: abs(k - parts))[:3])
+            raise ValueError(
+                f"{' · '.join(f'{a}={sizes.get(a, 1)}' for a in axes)} does not divide the model's "
+                f"{n} {name.replace('_', ' ')}; near {parts}, {near} would"
+            )
+
+
+# --- Layouts -------------------------------------------------------------------------------------
 def spec(*axes: str | None) -> PartitionSpec:
     """The mesh layout of an array whose dimensions have these logical names.
 
     Raises:
         ValueError: a name has no rule, or two dimensions would lie on the same mesh axis.
     """
-    unknown = [axis for axis in axes if axis is not None and axis not in RULES]
+    rules = _rules.get()
+    unknown = [axis for axis in axes if axis is not None and axis not in rules]
     if unknown:
-        raise ValueError(f"no rule for logical axes {unknown}; known: {', '.join(RULES)}")
-    placed = [RULES[axis] if axis is not None else None for axis in axes]
-    used = [m for p in placed for m in ((p,) if isinstance(p, str) else p or ())]
+        raise ValueError(f"no rule for logical axes {unknown}; known: {', '.join(rules)}")
+    placed = [rules[axis] if axis is not None else () for axis in axes]
+    used = [mesh_axis for axes in placed for mesh_axis in axes]
     if len(used) != len(set(used)):
         raise ValueError(f"axes {axes} would use a mesh axis twice: {placed}")
-    return PartitionSpec(*placed)
+    return PartitionSpec(*(p[0] if len(p) == 1 else p or None for p in placed))
+
+
+def token_axes(rows: int, length: int = 1) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes that `rows` rows, and their `length` tokens, are split over.
+
+    Axes that do not divide a number hold copies instead, which is right but wasteful.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    batch: tuple[str, ...] = ()
+    for axis in BATCH:
+        if sizes.get(axis, 1) > 1 and rows % math.prod(sizes[a] for a in (*batch, axis)) == 0:
+            batch = (*batch, axis)
+    context = sizes.get("context", 1)
+    return batch, ("context",) if context > 1 and length % context == 0 else ()
 
 
 def param_axes(param: nnx.Variable) -> tuple[str, ...]:
     """The logical axes of a parameter; dimensions added by stacking layers come first."""
     declared: tuple[str, ...] = param.get_metadata("axes")
     return ("layers",) * (param.get_raw_value().ndim - len(declared)) + declared
+
+
+def param_mesh_axes(param: nnx.Variable) -> list[tuple[str, ...]]:
+    """The mesh axes that each dimension of a parameter lies on."""
+    return [_rules.get()[name] for name in param_axes(param)]
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -93,34 +193,54 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
+def specs(state: nnx.State) -> nnx.State:
+    """The layout of every array in `state`, in the same tree."""
+
+    def place(param: nnx.Variable) -> nnx.Variable:
+        value, whole = param.get_raw_value(), spec(*param_axes(param))
+        return param.replace(
+            jax.tree.map(lambda x: whole if x.shape == value.shape else beside(whole, x), value)
+        )
+
+    return jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
 def shardings(abstract: nnx.State) -> nnx.State:
     """The sharding of every parameter of `abstract` on the current mesh, in the same tree."""
     mesh = jax.sharding.get_mesh()
-
-    def place(param: nnx.Variable) -> nnx.Variable:
-        sharding = (
-            jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            if mesh.empty
-            else NamedSharding(mesh, spec(*param_axes(param)))
-        )
-        return param.replace(sharding)
-
-    return jax.tree.map(place, abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda spec: here if mesh.empty else NamedSharding(mesh, spec),
+        specs(abstract),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
 
 
-def divisible(place: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """`place` for an array of this shape: dimensions that it does not divide stay whole.
+def beside(whole: PartitionSpec, scale: Any) -> PartitionSpec:
+    """The layout of a quantized weight's scales, which have few entries where the weight has many.
 
-    For the scales of quantized weights, which have one entry where the weight has many.
+    They are never gathered, so they are whole wherever the weight is.
+
+    Raises:
+        ValueError: groups of inputs would be cut by the tensor axis.
     """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    entries = []
+    for axis, n in zip((*whole, *(None,) * (scale.ndim - len(whole))), scale.shape, strict=True):
+        kept = axis if axis in ("tensor", "expert") and n > 1 else None
+        if kept and n % sizes[kept]:
+            raise ValueError(
+                f"{kept}={sizes[kept]} cuts the {n} groups that share a scale in a quantized weight"
+            )
+        entries.append(kept)
+    return PartitionSpec(*entries)
 
-    def parts(axes: str | tuple[str, ...] | None) -> int:
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        return math.prod(place.mesh.shape[name] for name in names)
 
-    entries = (*place.spec, *(None,) * (len(shape) - len(place.spec)))
-    kept = (axes if n % parts(axes) == 0 else None for axes, n in zip(entries, shape, strict=True))
-    return NamedSharding(place.mesh, PartitionSpec(*kept))
+def of_scale(place: jax.sharding.Sharding, scale: Any) -> jax.sharding.Sharding:
+    """Where the scales beside a quantized weight at `place` lie; see `beside`."""
+    if not isinstance(place, NamedSharding):
+        return place
+    return NamedSharding(place.mesh, beside(place.spec, scale))
 
 
 def create(make: Callable[[], T]) -> T:
@@ -128,3 +248,78 @@ def create(make: Callable[[], T]) -> T:
     graph, abstract = nnx.split(nnx.eval_shape(make))
     state = jax.jit(lambda: nnx.state(make()), out_shardings=shardings(abstract))()
     return nnx.merge(graph, state)
+
+
+# --- Inside a shard ------------------------------------------------------------------------------
+def per_shard(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`f` on each device's parts of its arguments; `f` itself without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return f
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def live(*axes: str) -> tuple[str, ...]:
+    """Of these mesh axes, those of more than one device, inside `per_shard`; else none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in axes if axis in mesh.manual_axes and mesh.shape[axis] > 1)
+
+
+def size(*axes: str) -> int:
+    """How many shards the live ones of these axes make."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in live(*axes))
+
+
+def index(*axes: str) -> jax.Array | int:
+    """This shard's number along these axes, the first one changing slowest."""
+    here = live(*axes)
+    return jax.lax.axis_index(here) if here else 0
+
+
+def gather(x: jax.Array, dim: int, *axes: str) -> jax.Array:
+    """All shards' `x` along these axes, joined at `dim`; its gradient goes back summed and cut.
+
+    One axis after the other, and along the first dimension: so it costs as many bytes, and the TPU
+    compiler makes a true reduce-scatter of the gradient's sum, where it would send it twice.
+    """
+    here = live(*axes)
+    if not here:
+        return x
+    x = jnp.moveaxis(x, dim, 0)
+    for axis in reversed(here):
+        x = jax.lax.all_gather(x, axis, axis=0, tiled=True)
+    return jnp.moveaxis(x, 0, dim)
+
+
+def total(x: T, *axes: str) -> T:
+    """The sum over the shards along these axes."""
+    here = live(*axes)
+    return jax.lax.psum(x, here) if here else x
+
+
+def exchange(x: jax.Array, split: int, join: int, *axes: str) -> jax.Array:
+    """Cuts `x` at dimension `split`, a piece for each shard, and joins what comes at `join`."""
+    here = live(*axes)
+    return jax.lax.all_to_all(x, here, split, join, tiled=True) if here else x
+
+
+def read(param: nnx.Variable, dtype: Any) -> jax.Array:
+    """A parameter to compute with: whole along its gathered dimensions, in this type.
+
+    It travels in the narrower of its own type and `dtype`, and so does its gradient.
+    """
+    value = param[...]
+    narrow = np.dtype(dtype).itemsize < np.dtype(value.dtype).itemsize
+    if narrow:
+        value = value.astype(dtype)
+    names, mesh_axes = param_axes(param), param_mesh_axes(param)
+    for dim, axes in enumerate(mesh_axes):
+        if names[dim] in GATHERED and live(*axes):
+            # A quantized weight's scales have another shape, and are whole already.
+            value = jax.tree.map(
+                lambda x, dim=dim, axes=axes, shape=value.shape: (
+                    gather(x, dim, *axes) if x.shape == shape else x
+                ),
+                value,
+            )
+    return value if narrow else value.astype(dtype)

@@ -105,7 +105,7 @@ def test_parameters_are_read_in_the_type_that_is_asked_for(to, tmp_path):
 def test_unrolled_and_scanned_models_read_each_others_files(tmp_path):
     from l4jax import checkpoints
     from l4jax.config import Execution
-    from l4jax.models.llama4 import unrolled
+    from l4jax.inference.decoding import unrolled
 
     scanned = model_of("llama4-scout")
     flat = unrolled(scanned)
@@ -121,7 +121,7 @@ def test_orbax_files_keep_the_layout_they_were_written_in(tmp_path):
     """Their parameters are stored as they lie in the model, whatever the reader asks for."""
     from l4jax import checkpoints
     from l4jax.config import Execution
-    from l4jax.models.llama4 import unrolled
+    from l4jax.inference.decoding import unrolled
 
     scanned = model_of("llama4-scout")
     for name, model in {"scanned": scanned, "flat": unrolled(scanned)}.items():
@@ -140,10 +140,12 @@ def test_a_model_lands_on_the_mesh_as_the_rules_say(to, tmp_path):
         placed = checkpoints.load(tmp_path / "x")
     assert_same(placed, model)
     gate = placed.layers[0].ffn.gate[...]
-    assert gate.sharding.spec == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert gate.sharding.spec == PartitionSpec(None, "expert", ("fsdp", "context"), "tensor")
     assert len({shard.device for shard in gate.addressable_shards}) == 8
     assert gate.addressable_shards[0].data.size == gate.size // 8
-    assert placed.tail[0].attention.q[...].sharding.spec == PartitionSpec("fsdp", "tensor", None)
+    assert placed.tail[0].attention.q[...].sharding.spec == PartitionSpec(
+        ("fsdp", "expert", "context"), "tensor", None
+    )
     checkpoints.save(placed, tmp_path / "again", to=to)
     assert_same(checkpoints.load(tmp_path / "again"), model)
 

@@ -12,8 +12,8 @@ from flax import nnx
 from l4jax import presets
 from l4jax.config import Execution
 from l4jax.inference import generate
-from l4jax.inference.decoding import stream
-from l4jax.models.llama4 import Llama, unrolled
+from l4jax.inference.decoding import stream, unrolled
+from l4jax.models.llama4 import Llama
 
 PROMPTS = [[7, 1, 2, 3, 400], [9] * 14 + [8], list(range(100, 121))]
 NEW = 24

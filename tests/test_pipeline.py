@@ -16,9 +16,9 @@ DOCUMENTS = [
 TOKENS = [token for document in DOCUMENTS for token in document]
 
 
-def packed(seed=None, repeat=False, documents=DOCUMENTS, length=LENGTH, batch_size=ROWS):
+def packed(seed=None, repeat=False, documents=DOCUMENTS, length=LENGTH, batch_size=ROWS, **options):
     return pipeline.packed(
-        documents, length=length, batch_size=batch_size, seed=seed, repeat=repeat
+        documents, length=length, batch_size=batch_size, seed=seed, repeat=repeat, **options
     )
 
 
@@ -125,6 +125,69 @@ def test_pieces_of_a_long_document_are_shuffled_apart():
     (batch, *_) = packed(0, documents=[list(range(16 * 64))], batch_size=8)
     starts = batch["tokens"][:, 0]
     assert not (np.diff(starts) == LENGTH).all()
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+def test_processes_see_together_what_one_sees_alone(repeat):
+    whole = list(itertools.islice(packed(3, repeat, batch_size=5), 9))
+    parts = [
+        list(itertools.islice(packed(3, repeat, batch_size=5, rows=rows), 9))
+        for rows in ([0, 1], [2], [3, 4])
+    ]
+    assert len(whole) == (9 if repeat else 4)
+    for batch, *pieces in zip(whole, *parts, strict=True):
+        for name, value in batch.items():
+            np.testing.assert_array_equal(np.concatenate([p[name] for p in pieces]), value)
+
+
+class Watched(list):
+    """A document that counts the tokens read from it."""
+
+    read = 0
+
+    def __getitem__(self, index):
+        part = super().__getitem__(index)
+        if isinstance(index, slice):
+            Watched.read += len(part)
+        return part
+
+
+def test_a_process_reads_its_own_rows_only():
+    documents = [Watched(document) for document in DOCUMENTS]
+    tokens = tokens_of(packed(1, documents=documents, batch_size=5, rows=[3]))
+    assert Watched.read == len(tokens) == 4 * LENGTH
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+@pytest.mark.parametrize("skip", [0, 1, 4, 6, 7, 50])
+def test_skipped_batches_are_those_that_came_before(repeat, skip):
+    def take(**options):
+        return tokens_of(itertools.islice(packed(2, repeat, **options), 60 - options["skip"]))
+
+    whole = take(skip=0)
+    assert take(skip=skip) == whole[skip * ROWS * LENGTH :]
+
+
+def test_an_iterator_goes_on_where_it_stood():
+    data = iter(packed(6, repeat=True))
+    for _ in range(5):
+        next(data)
+    state = data.get_state()
+    expected = next(data)
+    again = iter(packed(6, repeat=True))
+    again.set_state(state)
+    np.testing.assert_array_equal(next(again)["tokens"], expected["tokens"])
+
+
+@pytest.mark.parametrize("rows", [[], [-1], [3]])
+def test_rows_must_be_in_the_batch(rows):
+    with pytest.raises(ValueError, match="must be some of the 3 of a batch"):
+        packed(rows=rows)
+
+
+def test_skip_must_not_be_negative():
+    with pytest.raises(ValueError, match="skip -1 must not be negative"):
+        packed(skip=-1)
 
 
 @pytest.mark.parametrize("documents", [[], [[]], [[1] * 47], [[1] * 16, [2] * 31]])

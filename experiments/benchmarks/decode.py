@@ -27,7 +27,8 @@ def main() -> None:
     import jax
     from flax import nnx
 
-    from l4jax.models.llama4 import Llama, unrolled
+    from l4jax.inference.decoding import unrolled
+    from l4jax.models.llama4 import Llama
 
     config = peers.config(args.vocabulary, args.chunk)
     model = unrolled(Llama(config, rngs=nnx.Rngs(params=0)))

@@ -29,7 +29,8 @@ def main() -> None:
 
     from l4jax import roofline
     from l4jax.config import Execution
-    from l4jax.models.llama4 import Llama, unrolled
+    from l4jax.inference.decoding import unrolled
+    from l4jax.models.llama4 import Llama
 
     config = peers.config(args.vocabulary, args.chunk)
     tokens = np.random.default_rng(0).integers(0, args.vocabulary, (args.batch, args.length))

@@ -9,6 +9,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import jax
+from jax.experimental import multihost_utils
+
 import l4jax.checkpoints.arrays as arrays
 import l4jax.checkpoints.huggingface as huggingface
 import l4jax.checkpoints.loading as loading
@@ -136,18 +139,26 @@ def save(
 def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """A directory to fill; it takes its real name when the block ends without an error.
 
+    Several processes fill it together; the first one makes it and gives it its name.
+
     Raises:
         FileExistsError: there is already something at `path`.
     """
     final = pathlib.Path(path).absolute()
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise FileExistsError(f"{final}: already exists and is not empty")
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial, first = final.with_name(f".{final.name}.partial"), jax.process_index() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    multihost_utils.sync_global_devices(f"{final} is made")
     try:
         yield partial
-        os.replace(partial, final)
+        multihost_utils.sync_global_devices(f"{final} is filled")
+        if first:
+            os.replace(partial, final)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
+    multihost_utils.sync_global_devices(f"{final} has its name")

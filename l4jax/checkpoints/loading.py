@@ -49,8 +49,9 @@ def build(source: Source, *, dtype: str | None, execution: Execution | None) -> 
         first = next(iter(by_index.values()))
         if dtype is None and first + SCALE in source.arrays:
             scales = {index: name + SCALE for index, name in by_index.items()}
+            beside = sharding.of_scale(place, arrays.outline(scales))
             return param.replace(
-                Quantized(arrays.placed(by_index, place), arrays.placed(scales, place))
+                Quantized(arrays.placed(by_index, place), arrays.placed(scales, beside))
             )
         kind = np.dtype(jax.dtypes.canonicalize_dtype(np.dtype(dtype or text[first].dtype)))
         return param.replace(arrays.placed(by_index, place, kind))
@@ -78,10 +79,6 @@ class _Arrays:
         dtype: np.dtype | None = None,
     ) -> jax.Array:
         """The array that a canonical one, or several stacked by their indices, make."""
-        first = self._source.arrays[next(iter(names.values()))]
-        shape = first.shape if None in names else (len(names), *first.shape)
-        if isinstance(place, jax.sharding.NamedSharding):
-            place = sharding.divisible(place, shape)
 
         def read(where: tuple[slice, ...] | None) -> np.ndarray:
             assert where is not None
@@ -90,7 +87,13 @@ class _Arrays:
             layers = range(len(names))[where[0]]
             return np.stack([self._read(names[i], where[1:], dtype) for i in layers])
 
-        return jax.make_array_from_callback(shape, place, read)
+        return jax.make_array_from_callback(self.outline(names).shape, place, read)
+
+    def outline(self, names: Mapping[int | None, str]) -> jax.ShapeDtypeStruct:
+        """Of the array that `placed` returns."""
+        first = self._source.arrays[next(iter(names.values()))]
+        shape = first.shape if None in names else (len(names), *first.shape)
+        return jax.ShapeDtypeStruct(shape, first.dtype)
 
     def _read(self, name: str, where: tuple[slice, ...], dtype: np.dtype | None) -> np.ndarray:
         """A part of one array, in this type, multiplied out if it is quantized and a type given."""

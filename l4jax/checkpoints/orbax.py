@@ -99,7 +99,9 @@ def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | N
         if isinstance(saved, Quantized):
             leaf = {
                 VALUES: _abstract(saved.values, saved.values.dtype, place),
-                SCALES: _abstract(saved.scale, saved.scale.dtype, place),
+                SCALES: _abstract(
+                    saved.scale, saved.scale.dtype, sharding.of_scale(place, saved.scale)
+                ),
             }
         else:
             leaf = _abstract(saved, jnp.dtype(dtype or saved.dtype), place)
@@ -136,13 +138,11 @@ def save(model: Llama, directory: pathlib.Path) -> None:
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     with context:
         ocp.save(_parameters(directory), state)
-    write_marker(directory, Marker(Model(model.config), {}))
+    if jax.process_index() == 0:  # arrays are written by all processes, the marker by one
+        write_marker(directory, Marker(Model(model.config), {}))
 
 
 def _abstract(saved: Any, dtype: Any, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    """What to restore: a scale is not divided where it has but one entry."""
-    if isinstance(place, jax.sharding.NamedSharding):
-        place = sharding.divisible(place, saved.shape)
     return jax.ShapeDtypeStruct(saved.shape, dtype, sharding=place)
 
 

@@ -9,6 +9,7 @@ Letters: see `models.layers`; i stop ids.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -16,11 +17,12 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from l4jax.inference.sampling import Sampling, sample
 from l4jax.models.cache import Cache
-from l4jax.models.llama4 import Llama, unrolled
+from l4jax.models.llama4 import Llama
 
 PIECE = 64
 """Most decode steps in one call of the compiled loop."""
@@ -73,7 +75,7 @@ def generate(  # noqa: PLR0913 - keywords that callers know from other libraries
 
     Args:
         model: any Llama. On CPU a scanned one is unrolled first, which copies its weights: pass
-            `models.llama4.unrolled(model)` to pay that once.
+            `inference.decoding.unrolled(model)` to pay that once.
         tokens: lists of ids, one per prompt, of any lengths; or an array [b t] with `lengths`.
         max_new_tokens: at least 1.
         temperature: 0 takes the most likely token; see `sampling.Sampling` for these three.
@@ -205,7 +207,7 @@ def _pieces(
     key = jax.random.key(how.seed)
     stops = jnp.asarray(how.stop_ids or [_NONE], jnp.int32)
     tokens = jnp.asarray(prompts, jnp.int32)
-    state = _prefill(model, tokens, jnp.asarray(counts), key, stops, how.sampling, size)
+    state = prefill(model, tokens, jnp.asarray(counts), key, stops, how.sampling, size)
     yield np.asarray(state.token)[:, None]
     done = 1
     while done < how.new and np.any(state.live):
@@ -216,7 +218,7 @@ def _pieces(
         done += count
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """Between decode steps: the last token of each row is not in the cache yet."""
 
     token: Int[Array, " b"]
@@ -224,11 +226,31 @@ class _State(NamedTuple):
     cache: Cache
 
 
+def unrolled(model: Llama) -> Llama:
+    """The same model with every layer in `tail`; its scanned parameters are sliced, so copied.
+
+    For decoding on CPU: there a scan copies each layer's weights at every step.
+    """
+    if not model.periods:
+        return model
+    blocks = [
+        jax.tree.map(lambda x, i=i: x[i], block)
+        for i in range(model.periods)
+        for block in model.layers
+    ]
+    new: Llama = jax.tree.map(lambda x: x, model)
+    new.periods = 0
+    new.execution = dataclasses.replace(model.execution, scan=False)
+    new.layers = nnx.List([])
+    new.tail = nnx.List([*blocks, *new.tail])
+    return new
+
+
 _unrolled = jax.jit(unrolled)
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "context"))
-def _prefill(
+def prefill(
     model: Llama,
     prompts: Int[Array, "b t"],
     counts: Int[Array, " b"],
@@ -236,24 +258,24 @@ def _prefill(
     stops: Int[Array, " i"],
     sampling: Sampling,
     context: int,
-) -> _State:
+) -> State:
     """Fills a cache with the prompts and draws the first token of each row."""
     hidden, cache = model.prefill(prompts, counts, context=context)
     last = jnp.take_along_axis(hidden, counts[:, None, None] - 1, axis=1)[:, 0]
     token = _draw(model, last, key, jnp.int32(0), sampling)
-    return _State(token, ~jnp.isin(token, stops), cache)
+    return State(token, ~jnp.isin(token, stops), cache)
 
 
 @functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("state",))
 def _advance(
     model: Llama,
-    state: _State,
+    state: State,
     key: PRNGKeyArray,
     stops: Int[Array, " i"],
     done: Int[Array, ""],
     count: Int[Array, ""],
     sampling: Sampling,
-) -> tuple[Int[Array, "b p"], _State]:
+) -> tuple[Int[Array, "b p"], State]:
     """Up to `count` (at most `PIECE`) tokens more for each row that is alive.
 
     Args:
@@ -266,22 +288,38 @@ def _advance(
         sampling: how to choose.
     """
 
-    def more(carry: tuple[Array, Array, _State]) -> Array:
+    def more(carry: tuple[Array, Array, State]) -> Array:
         i, _, state = carry
         return (i < count) & state.live.any()
 
-    def step(carry: tuple[Array, Array, _State]) -> tuple[Array, Array, _State]:
+    def step(carry: tuple[Array, Array, State]) -> tuple[Array, Array, State]:
         i, out, state = carry
-        counts = state.live.astype(jnp.int32)
-        hidden, cache = model.extend(state.token[:, None], state.cache, counts)
-        token = _draw(model, hidden[:, 0], key, done + i, sampling)
-        out = out.at[:, i].set(jnp.where(state.live, token, _NONE))
-        live = state.live & ~jnp.isin(token, stops)
-        return i + 1, out, _State(token, live, cache)
+        new = _step(model, state, key, stops, done + i, sampling)
+        out = out.at[:, i].set(jnp.where(state.live, new.token, _NONE))
+        return i + 1, out, new
 
     empty = jnp.full((state.token.shape[0], PIECE), _NONE, jnp.int32)
     _, out, state = jax.lax.while_loop(more, step, (jnp.int32(0), empty, state))
     return out, state
+
+
+def _step(
+    model: Llama,
+    state: State,
+    key: PRNGKeyArray,
+    stops: Int[Array, " i"],
+    number: Int[Array, ""],
+    sampling: Sampling,
+) -> State:
+    """New token number `number` of each row that is alive."""
+    counts = state.live.astype(jnp.int32)
+    hidden, cache = model.extend(state.token[:, None], state.cache, counts)
+    token = _draw(model, hidden[:, 0], key, number, sampling)
+    return State(token, state.live & ~jnp.isin(token, stops), cache)
+
+
+decode_step = jax.jit(_step, static_argnames=("sampling",), donate_argnames=("state",))
+"""One step of what `generate` runs many of; arguments as for `_step`, the state used up."""
 
 
 def _draw(

@@ -11,12 +11,16 @@ Letters: see `models.layers`; w block width, i and j block numbers.
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
+
+from l4jax import sharding
+from l4jax.kernels import on_tpu
 
 DENSE = 1024
 """Longest key sequence whose scores are formed at once."""
@@ -26,6 +30,8 @@ BLOCK = 512
 """Width of the blocks beyond that."""
 _HIDDEN = -1e30
 """Score of an invisible key; finite, so that a row without any visible key stays finite."""
+SAVED = "attention"
+"""Name, for `jax.checkpoint` policies, of the output and the log-sums its backward pass needs."""
 
 
 class Where(NamedTuple):
@@ -54,6 +60,8 @@ def self_attention(
     key is less than `chunk` tokens back. Either way chunks cost O(t·chunk).
     """
     b, t = q.shape[:2]
+    if sharding.platform() == "tpu" and t > 1:
+        return _splash(q, k, v, where, chunk, None)
     if where is None:
         if chunk is not None and chunk < t:
             return _fold(q, k, v, chunk)
@@ -65,7 +73,8 @@ def self_attention(
     if t <= DENSE:
         return cross_attention(q, k, v, where, where, chunk=chunk)
     back = t if chunk is None else min(chunk, t) - 1
-    return _blockwise(q, k, v, _ranks(where, chunk), back)
+    ranks, rows = _ranks(where, chunk), jnp.arange(t, dtype=jnp.int32)
+    return _blockwise(q, k, v, (ranks, ranks), rows, back)
 
 
 def cross_attention(
@@ -83,6 +92,129 @@ def cross_attention(
     scores = _scores(grouped, k, _ranks(queries, chunk), _ranks(keys, chunk))
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h)
+
+
+def part_attention(  # noqa: PLR0913 - a sequence, the part of it, and what is visible
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    rows: tuple[np.ndarray, Array | int],
+    where: tuple[Where, Where] | None = None,
+    *,
+    chunk: int | None = None,
+) -> Float[Array, "b t n h"]:
+    """Attention of some rows of a sequence to all of it; queries are already scaled.
+
+    Args:
+        q: of these rows.
+        k: of all rows, in order.
+        v: as k.
+        rows: Int[c t], the row numbers in each of c parts, and the number of this part.
+        where: of the queries and of the keys; None if every row is one segment from position 0.
+        chunk: as for `self_attention`.
+    """
+    parts, part = rows
+    b, s = k.shape[:2]
+    if sharding.platform() == "tpu":
+        return _splash(q, k, v, where and where[1], chunk, on_tpu("splash").Rows(parts, part))
+    mine = jnp.asarray(parts)[part]
+    if where is None:
+        everyone = jnp.arange(s, dtype=jnp.int32)
+        at, to = (Where(jnp.broadcast_to(x, (b, len(x)))) for x in (mine, everyone))
+    else:
+        at, to = where
+    if s <= DENSE:
+        return cross_attention(q, k, v, at, to, chunk=chunk)
+    back = s if chunk is None else min(chunk, s) - 1
+    ranks = _ranks(at, chunk), _ranks(to, chunk)
+    return _blockwise(q, k, v, ranks, mine, back)
+
+
+def cached_attention(
+    q: Float[Array, "b 1 n h"],
+    k: Float[Array, "*l b s k h"],
+    v: Float[Array, "*l b s k h"],
+    counts: Int[Array, " b"],
+    *,
+    layer: Int[Array, ""] | None = None,
+    axes: tuple[str, ...] = (),
+) -> Float[Array, "b 1 n h"]:
+    """Attention of one token per row to the first `counts` slots of its cache.
+
+    Args:
+        q: queries, already scaled.
+        k: of the cache, or with `layer` those of several layers.
+        v: as k.
+        counts: how many slots of each row count.
+        layer: which one it is.
+        axes: mesh axes that the slots are cut over; k, v and counts are then this shard's.
+    """
+    if sharding.platform() == "tpu":
+        out, log_total = on_tpu("decode").decode_attention(q[:, 0], k, v, counts, layer=layer)
+    else:
+        if layer is not None:
+            k, v = k[layer], v[layer]
+        out, log_total = decode_reference(q[:, 0], k, v, counts)
+    here = sharding.live(*axes)
+    if here:
+        weight = jnp.exp(log_total - jax.lax.pmax(log_total, here))[..., None]
+        total = jax.lax.psum(weight, here)
+        out = jax.lax.psum(out.astype(jnp.float32) * weight, here) / total
+    return out[:, None].astype(q.dtype)
+
+
+def decode_reference(
+    q: Float[Array, "b n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    counts: Int[Array, " b"],
+) -> tuple[Float[Array, "b n h"], Float32[Array, "b n"]]:
+    """Attention to the first `counts` slots, and the logarithm of its softmax's denominator.
+
+    Without any slot they are 0 and the least score.
+    """
+    b, n, h = q.shape
+    grouped = q.reshape(b, k.shape[2], -1, h)
+    scores = jnp.einsum("bkgh,bskh->bkgs", grouped, k, preferred_element_type=jnp.float32)
+    seen = (jnp.arange(k.shape[1]) < counts[:, None])[:, None, None]
+    scores = jnp.where(seen, scores, _HIDDEN)
+    log_total = jax.nn.logsumexp(scores, axis=-1)
+    weights = jnp.where(seen, jnp.exp(scores - log_total[..., None]), 0)
+    out = jnp.einsum("bkgs,bskh->bkgh", weights.astype(v.dtype), v)
+    none = counts[:, None] == 0
+    return out.reshape(b, n, h), jnp.where(none, _HIDDEN, log_total.reshape(b, n))
+
+
+def _splash(
+    q: Array,
+    k: Array,
+    v: Array,
+    keys: Where | None,
+    chunk: int | None,
+    rows: Any,
+) -> Array:
+    """The TPU kernel, which knows rows and groups, but no positions."""
+    splash_attention = on_tpu("splash").splash_attention
+    if keys is None:
+        return splash_attention(q, k, v, chunk=chunk, rows=rows)
+    of_keys = _groups(keys, chunk)
+    of_queries = of_keys if rows is None else of_keys[:, jnp.asarray(rows.layout)[rows.shard]]
+    back = None if chunk is None else chunk - 1
+    return splash_attention(q, k, v, back=back, groups=(of_queries, of_keys), rows=rows)
+
+
+def _groups(where: Where, chunk: int | None) -> Int[Array, "b t"]:
+    """Numbers that are equal where segment and chunk are; -1 for empty keys.
+
+    Positions grow by one along a segment: there, the order of rows is the order of positions.
+    """
+    chunks = jnp.zeros_like(where.positions) if chunk is None else where.positions // chunk
+    if where.segments is None:
+        return jnp.where(where.positions < 0, -1, chunks)
+    # Chunk numbers may be large, so pairs are told apart by counting where they change.
+    changed = (jnp.diff(where.segments, axis=1) != 0) | (jnp.diff(chunks, axis=1) != 0)
+    numbers = jnp.cumsum(jnp.pad(changed, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+    return jnp.where(where.positions < 0, -1, numbers)
 
 
 class _Ranks(NamedTuple):
@@ -183,49 +315,54 @@ def _triangle(
 
 def _blockwise(
     q: Float[Array, "b t n h"],
-    k: Float[Array, "b t k h"],
-    v: Float[Array, "b t k h"],
-    ranks: _Ranks,
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    ranks: tuple[_Ranks, _Ranks],
+    rows: Int[Array, " t"],
     back: int,
 ) -> Float[Array, "b t n h"]:
-    """Attention by `ranks`, no visible key being more than `back` tokens before its query."""
+    """Attention by the queries' and the keys' `ranks`.
+
+    A query in row r of the sequence sees no key after row r, and none more than `back` before it.
+    """
     b, t, n, h = q.shape
     kv = k.shape[2]
     blocks = -(-t // BLOCK)
 
     def cut(x: Array, fill: int = 0) -> Array:
         """[b t …] → [blocks b w …], padded at the end."""
-        padding = ((0, 0), (0, blocks * BLOCK - t)) + ((0, 0),) * (x.ndim - 2)
+        padding = ((0, 0), (0, -x.shape[1] % BLOCK)) + ((0, 0),) * (x.ndim - 2)
         x = jnp.pad(x, padding, constant_values=fill)
-        return jnp.moveaxis(x.reshape(b, blocks, BLOCK, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(b, -1, BLOCK, *x.shape[2:]), 1, 0)
 
-    cut_ranks = _Ranks(cut(ranks.positions, -1), cut(ranks.groups))
-    out = _flash(cut(q.reshape(b, t, kv, n // kv, h)), cut(k), cut(v), cut_ranks, back)
+    at, to = (_Ranks(cut(r.positions, -1), cut(r.groups)) for r in ranks)
+    padded = jnp.pad(rows, (0, -t % BLOCK), mode="edge").reshape(blocks, BLOCK)
+    # The blocks of keys that a block of queries needs: from its first row's to its last one's.
+    bounds = jnp.maximum(padded.min(1) - back, 0) // BLOCK, padded.max(1) // BLOCK + 1
+    out = _flash(cut(q.reshape(b, t, kv, n // kv, h)), cut(k), cut(v), at, to, bounds)
     return jnp.moveaxis(out, 0, 1).reshape(b, blocks * BLOCK, n, h)[:, :t]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _flash(q: Array, k: Array, v: Array, ranks: _Ranks, back: int) -> Array:
-    """Blockwise attention of q [i b w k g h] to k and v [j b w k h]; returns q's shape."""
-    return _flash_forward(q, k, v, ranks, back)[0]
+@jax.custom_vjp
+def _flash(q: Array, k: Array, v: Array, at: _Ranks, to: _Ranks, bounds: tuple) -> Array:
+    """Blockwise attention of q [i b w k g h] to k and v [j b w k h]; returns q's shape.
 
-
-def _first_block(i: Array, back: int) -> Array:
-    """The first block that can hold a key of query block i."""
-    return jnp.maximum(i * BLOCK - back, 0) // BLOCK
+    bounds: the first block of keys of each block of queries, and one past the last.
+    """
+    return _flash_forward(q, k, v, at, to, bounds)[0]
 
 
 def _flash_forward(
-    q: Array, k: Array, v: Array, ranks: _Ranks, back: int
-) -> tuple[Array, tuple[Array | _Ranks, ...]]:
+    q: Array, k: Array, v: Array, at: _Ranks, to: _Ranks, bounds: tuple
+) -> tuple[Array, tuple]:
     """The output, and what the backward pass needs."""
 
     def query_block(args: tuple) -> tuple[Array, Array]:
-        i, q_i, ranks_i = args
+        q_i, ranks_i, (first, end) = args
 
         def step(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             out, top, total = carry
-            scores = _scores(q_i, k[j], ranks_i, jax.tree.map(lambda x: x[j], ranks))
+            scores = _scores(q_i, k[j], ranks_i, jax.tree.map(lambda x: x[j], to))
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -239,29 +376,29 @@ def _flash_forward(
             jnp.full((b, kv, g, w), 2 * _HIDDEN, jnp.float32),
             jnp.zeros((b, kv, g, w), jnp.float32),
         )
-        out, top, total = jax.lax.fori_loop(_first_block(i, back), i + 1, step, start)
+        out, top, total = jax.lax.fori_loop(first, end, step, start)
         normal = jnp.moveaxis(out / total[..., None], 3, 1).astype(q.dtype)
         return normal, top + jnp.log(total)
 
-    numbers = jnp.arange(q.shape[0], dtype=jnp.int32)
-    out, log_total = jax.lax.map(query_block, (numbers, q, ranks))
-    return out, (q, k, v, ranks, out, log_total)
+    out, log_total = jax.lax.map(query_block, (q, at, bounds))
+    out, log_total = checkpoint_name(out, SAVED), checkpoint_name(log_total, SAVED)
+    return out, (q, k, v, at, to, bounds, out, log_total)
 
 
-def _flash_backward(back: int, saved: tuple, d_out: Array) -> tuple[Array | None, ...]:
+def _flash_backward(saved: tuple, d_out: Array) -> tuple[Array | None, ...]:
     """Gradients of q, k and v; the weights are formed again, block by block."""
-    q, k, v, ranks, out, log_total = saved
+    q, k, v, at, to, bounds, out, log_total = saved
     # Σ_s weight · d_weight of each query, the softmax's correction (Dao 2022, section B.2).
     correction = jnp.einsum(
         "ibtkgh,ibtkgh->ibkgt", d_out.astype(jnp.float32), out.astype(jnp.float32)
     )
 
     def query_block(carry: tuple[Array, Array], args: tuple) -> tuple[tuple, Array]:
-        i, q_i, ranks_i, log_i, d_out_i, correction_i = args
+        q_i, ranks_i, (first, end), log_i, d_out_i, correction_i = args
 
         def step(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             d_q, d_k, d_v = carry
-            scores = _scores(q_i, k[j], ranks_i, jax.tree.map(lambda x: x[j], ranks))
+            scores = _scores(q_i, k[j], ranks_i, jax.tree.map(lambda x: x[j], to))
             weights = jnp.exp(scores - log_i[..., None])
             d_v_j = jnp.einsum("bkgts,btkgh->bskh", weights.astype(v.dtype), d_out_i)
             d_weights = jnp.einsum(
@@ -274,15 +411,14 @@ def _flash_backward(back: int, saved: tuple, d_out: Array) -> tuple[Array | None
             return d_q, d_k, d_v.at[j].add(d_v_j.astype(jnp.float32))
 
         start = (jnp.zeros(q_i.shape, jnp.float32), *carry)
-        d_q, d_k, d_v = jax.lax.fori_loop(_first_block(i, back), i + 1, step, start)
+        d_q, d_k, d_v = jax.lax.fori_loop(first, end, step, start)
         return (d_k, d_v), d_q
 
     zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    numbers = jnp.arange(q.shape[0], dtype=jnp.int32)
     (d_k, d_v), d_q = jax.lax.scan(
-        query_block, zeros, (numbers, q, ranks, log_total, d_out, correction)
+        query_block, zeros, (q, at, bounds, log_total, d_out, correction)
     )
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

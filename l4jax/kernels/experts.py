@@ -1,9 +1,10 @@
 """Every token through its own expert: SwiGLU over rows sorted by expert.
 
-One entry point, `grouped_swiglu`, with three implementations that agree:
+One entry point, `grouped_swiglu`, with four implementations that agree:
 
 - "masked": every expert on every row, the others' rows masked out. The definition; O(rows · e).
-- "ragged": `jax.lax.ragged_dot`, a native grouped matrix product on TPU (on CPU as slow as masked).
+- "ragged": `jax.lax.ragged_dot`, for GPUs (on CPU as slow as masked).
+- "tpu": the grouped products of `kernels.tpu.grouped`.
 - "blocks": for CPU: one loop over the blocks of rows that the experts really have, so that an
   expert without rows is not even read. From one row (decoding) to thousands (training).
 
@@ -19,7 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Implementation = Literal["auto", "masked", "ragged", "blocks"]
+from l4jax import sharding
+from l4jax.kernels import on_tpu
+
+Implementation = Literal["auto", "masked", "ragged", "tpu", "blocks"]
+_FASTEST: dict[str, Implementation] = {"cpu": "blocks", "tpu": "tpu"}
 BLOCK = 128
 """Most rows per matrix product of the "blocks" implementation."""
 
@@ -35,14 +40,15 @@ def grouped_swiglu(
 ) -> Float[Array, "m d"]:
     """down(silu(gate(x)) · up(x)) with each row's own expert.
 
-    Rows are sorted by expert: the first `group_sizes[0]` belong to expert 0, and so on; the sizes
-    add up to m. Dropless: any sizes are right, 0 among them.
+    Rows are sorted by expert: the first `group_sizes[0]` belong to expert 0, and so on. Dropless:
+    any sizes are right, 0 among them. They add up to m or less; the rows behind give 0.
     """
     if implementation == "auto":
-        implementation = "blocks" if jax.default_backend() == "cpu" else "ragged"
+        implementation = _FASTEST.get(sharding.platform(), "ragged")
     implementations: dict[str, Callable[..., Array]] = {
         "masked": _masked,
         "ragged": _ragged,
+        "tpu": lambda *args: on_tpu("grouped").grouped_swiglu_tpu(*args),
         "blocks": _blocks,
     }
     return implementations[implementation](x, gate, up, down, group_sizes)
@@ -138,7 +144,9 @@ def _blocks_forward(
     hidden = jnp.zeros((padded.shape[0], gate.shape[2]), x.dtype)
     start = hidden, hidden, jnp.zeros_like(padded)
     gated, lifted, y = jax.lax.fori_loop(0, plan.blocks_upto[-1], block, start)
-    return y[: x.shape[0]], (x, gate, up, down, group_sizes, gated, lifted)
+    # The last block may have run past all experts' rows.
+    y = jnp.where(jnp.arange(x.shape[0])[:, None] < plan.last[-1], y[: x.shape[0]], 0)
+    return y, (x, gate, up, down, group_sizes, gated, lifted)
 
 
 def _blocks_backward(saved: tuple[Array, ...], d_y: Array) -> tuple[Array | None, ...]:

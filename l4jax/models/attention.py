@@ -11,15 +11,25 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from l4jax import sharding
 from l4jax.config import Attention as AttentionConfig
 from l4jax.config import AttentionKind, Temperature, TextConfig
-from l4jax.kernels.attention import Where, cross_attention, self_attention
-from l4jax.models.cache import KeyValues, held, write
+from l4jax.kernels.attention import (
+    Where,
+    cached_attention,
+    cross_attention,
+    part_attention,
+    self_attention,
+)
+from l4jax.models.cache import KeyValues, Slots, held, write
 from l4jax.models.layers import normalize, rope_frequencies, rotate, rotation, weight
+from l4jax.models.sequence import Split
+from l4jax.sharding import read, total
 
 Rotation = tuple[Float32[Array, "b t 1 r"], Float32[Array, "b t 1 r"]]
 
@@ -31,22 +41,28 @@ class Step(NamedTuple):
     counts: Int[Array, " b"]
     fresh: bool
     """The cache is empty: the tokens need to see only each other."""
+    slots: Slots
 
 
 class Tokens(NamedTuple):
     """All that attention needs to know of its tokens, worked out once for all layers.
 
     where: None when every row is one segment that starts at position 0.
+    split: how rows are cut over shards, if they are; all else is this shard's part.
     rotations: by layer kind.
     """
 
     where: Where | None
+    split: Split | None
     rotations: dict[AttentionKind, Rotation]
     temperature: Float32[Array, "b t 1 1"]
 
 
 def describe(
-    config: TextConfig, positions: Int[Array, "b t"], where: Where | None = None
+    config: TextConfig,
+    positions: Int[Array, "b t"],
+    where: Where | None = None,
+    split: Split | None = None,
 ) -> Tokens:
     """The rotations and temperatures of tokens at these positions.
 
@@ -61,6 +77,7 @@ def describe(
     kinds = {layer.attention for layer in config.layers}
     return Tokens(
         where,
+        split,
         {kind: rotation(at, frequencies) for kind, at in origins.items() if kind in kinds},
         temperature(config.attention.temperature, positions)[:, :, None, None],
     )
@@ -95,28 +112,34 @@ class Attention(nnx.Module):
         tokens: Tokens,
         cache: KeyValues | None = None,
         step: Step | None = None,
+        layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], KeyValues | None]:
-        """The layer's output, and its cache with the new tokens if it has one."""
+        """The layer's output, and its cache with the new tokens if it has one.
+
+        With `layer`, `cache` holds several layers' and that one is this layer's.
+        """
         q, new = self._project(x, tokens)
         chunk = self.config.chunk_size if self.kind == "chunked" else None
         if cache is None or step is None:
-            out = self_attention(q, *new, tokens.where, chunk=chunk)
+            out = _uncached(q, new, tokens, chunk)
         elif step.fresh:
-            out = self_attention(q, *new, chunk=chunk)
-            cache = write(cache, new, step.lengths, step.counts)
+            out = _uncached(q, new, tokens, chunk)
+            whole = new if tokens.split is None else jax.tree.map(tokens.split.whole, new)
+            cache = write(cache, whole, step.lengths, step.counts, step.slots, layer)
         else:
-            out, cache = _cached(q, new, cache, step, chunk)
+            out, cache = _cached(q, new, cache, step, chunk, layer)
         # Two-dimensional products: XLA copies a three-dimensional weight first on CPU.
-        o = self.o[...].astype(x.dtype)
-        return out.reshape(*x.shape[:2], -1) @ o.reshape(-1, x.shape[2]), cache
+        o = read(self.o, x.dtype)
+        out = out.reshape(*x.shape[:2], -1) @ o.reshape(-1, x.shape[2])
+        return total(out, "tensor"), cache
 
     def _project(
         self, x: Float[Array, "b t d"], tokens: Tokens
     ) -> tuple[Float[Array, "b t n h"], KeyValues]:
         """Queries, scaled, and keys and values, as the softmax wants them."""
+        weights = (read(w, x.dtype) for w in (self.q, self.k, self.v))
         q, k, v = (
-            (x @ w[...].astype(x.dtype).reshape(w.shape[0], -1)).reshape(*x.shape[:2], *w.shape[1:])
-            for w in (self.q, self.k, self.v)
+            (x @ w.reshape(w.shape[0], -1)).reshape(*x.shape[:2], *w.shape[1:]) for w in weights
         )
         scale = self.config.head_dim**-0.5
         if self.kind == "global":
@@ -129,25 +152,40 @@ class Attention(nnx.Module):
         return q, KeyValues(k, v)
 
 
-def _cached(
+def _uncached(
+    q: Float[Array, "b t n h"], new: KeyValues, tokens: Tokens, chunk: int | None
+) -> Float[Array, "b t n h"]:
+    """Attention of the tokens to each other, wherever their sequence lies."""
+    split, where = tokens.split, tokens.where
+    if split is None or (chunk is not None and where is None and split.piece % chunk == 0):
+        return self_attention(q, *new, where, chunk=chunk)
+    # Grouped queries make keys and values small beside the queries, which stay where they are.
+    k, v = (split.whole(x) for x in new)
+    both = None if where is None else (where, jax.tree.map(split.whole, where))
+    shard = sharding.index("context")
+    return part_attention(q, k, v, (split.rows, shard), both, chunk=chunk)
+
+
+def _cached(  # noqa: PLR0913 - a layer's tokens and cache, and what it is
     q: Float[Array, "b t n h"],
     new: KeyValues,
     cache: KeyValues,
     step: Step,
     chunk: int | None,
+    layer: Int[Array, ""] | None,
 ) -> tuple[Float[Array, "b t n h"], KeyValues]:
     """Attention to what the cache holds and to the new tokens, and the cache with them."""
-    t, size = q.shape[1], cache.k.shape[1]
-    at = Where(step.lengths[:, None] + jnp.arange(t, dtype=jnp.int32))
-    updated = write(cache, new, step.lengths, step.counts)
+    t, slots = q.shape[1], step.slots
+    updated = write(cache, new, step.lengths, step.counts, slots, layer)
     if t == 1:
-        # The one slot that is overwritten holds nothing that this token could see.
-        keys, values = updated
-        there = Where(held(step.lengths + step.counts, size))
-    else:
-        keys, values = (
-            jnp.concatenate([old.astype(x.dtype), x], axis=1)
-            for old, x in zip(cache, new, strict=True)
-        )
-        there = Where(jnp.concatenate([held(step.lengths, size), at.positions], axis=1))
+        # In a ring of one chunk, what the chunk holds are the first slots; so it is without a ring.
+        seen = slots.here(step.lengths % slots.of(cache) + 1, cache)
+        return cached_attention(q, *updated, seen, layer=layer, axes=slots.axes), updated
+    at = Where(step.lengths[:, None] + jnp.arange(t, dtype=jnp.int32))
+    mine = cache if layer is None else KeyValues(cache.k[layer], cache.v[layer])
+    old = KeyValues(*(slots.whole(x) for x in mine))
+    keys, values = (
+        jnp.concatenate([x.astype(y.dtype), y], axis=1) for x, y in zip(old, new, strict=True)
+    )
+    there = Where(jnp.concatenate([held(step.lengths, old.k.shape[1]), at.positions], axis=1))
     return cross_attention(q, keys, values, at, there, chunk=chunk), updated

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from l4jax.config import Rope
+from l4jax.sharding import read, total
 
 
 def weight(
@@ -28,7 +29,7 @@ class RMSNorm(nnx.Module):
     """x / rms(x) · scale over the last dimension; normalised in float32 (Zhang & Sennrich 2019)."""
 
     def __init__(self, dim: int, *, eps: float) -> None:
-        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), axes=("embed",))
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), axes=("norm",))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
@@ -53,7 +54,11 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """The network's output, in x's type."""
-        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        return total(self.part(x), "tensor")
+
+    def part(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """What this shard's part of the hidden width adds to the output."""
+        gate, up, down = (read(w, x.dtype) for w in (self.gate, self.up, self.down))
         return (jax.nn.silu(x @ gate) * (x @ up)) @ down
 
 

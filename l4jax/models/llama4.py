@@ -13,27 +13,41 @@ Letters: see `models.layers`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
+from l4jax import sharding
 from l4jax.config import Execution, Layer, TextConfig
+from l4jax.kernels.attention import SAVED as ATTENTION
 from l4jax.kernels.attention import Where
 from l4jax.models.attention import Attention, Step, Tokens, describe
-from l4jax.models.cache import Cache, KeyValues
+from l4jax.models.cache import Cache, KeyValues, Slots
 from l4jax.models.layers import RMSNorm, SwiGLU, weight
-from l4jax.models.moe import Experts, Routing
-from l4jax.sharding import constrain
+from l4jax.models.moe import Experts, Routing, Tiling
+from l4jax.models.sequence import Split, split
+from l4jax.sharding import constrain, total
 
+LAYER_INPUT = "layer_input"
 REMAT: dict[str, Callable | None] = {
+    "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(LAYER_INPUT, ATTENTION),
     "full": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
+"""What the backward pass of a layer finds saved; see `config.Execution.remat`."""
 
 
 class Outputs(NamedTuple):
@@ -44,6 +58,25 @@ class Outputs(NamedTuple):
 
     logits: Float32[Array, "b t v"]
     routing: Routing | None
+
+
+class Added(NamedTuple):
+    """What a cached pass adds: `counts` tokens of each row, to a cache that is empty if `fresh`."""
+
+    counts: Array
+    fresh: bool
+    slots: Slots
+
+
+class How(NamedTuple):
+    """What every layer of a pass is told, beside its tokens.
+
+    tiling: how tokens lie on the mesh. step: of a pass with a cache. capacity: see `Experts`.
+    """
+
+    tiling: Tiling
+    step: Step | None = None
+    capacity: float | None = None
 
 
 class Block(nnx.Module):
@@ -65,16 +98,22 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         tokens: Tokens,
-        cache: KeyValues | None = None,
-        step: Step | None = None,
+        cache: KeyValues | None,
+        how: How,
+        number: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], KeyValues | None, Routing | None]:
-        """The layer's output, its cache if it has one, and what its router did if it has one."""
-        attended, cache = self.attention(self.attention_norm(x), tokens, cache, step)
-        x = constrain(x + attended, "batch", "sequence", None)
-        y, routing = self.ffn(self.ffn_norm(x)), None
-        if isinstance(y, tuple):
-            y, routing = y
-        return constrain(x + y, "batch", "sequence", None), cache, routing
+        """The layer's output, its cache if it has one, and what its router did if it has one.
+
+        With `number`, `cache` holds several layers', and this is the one of that number.
+        """
+        normal = self.attention_norm(x)
+        attended, cache = self.attention(normal, tokens, cache, how.step, number)
+        x = x + attended
+        normal = self.ffn_norm(x)
+        if isinstance(self.ffn, SwiGLU):
+            return x + self.ffn(normal), cache, None
+        y, routing = self.ffn(normal, how.tiling, how.capacity)
+        return x + y, cache, routing
 
 
 class Llama(nnx.Module):
@@ -135,6 +174,17 @@ class Llama(nnx.Module):
         segment_ids: Int[Array, "b t"] | None = None,
     ) -> Outputs:
         """Logits and what the routers did; arguments as for a plain call."""
+        x, routing = self.hidden(tokens, positions=positions, segment_ids=segment_ids)
+        return Outputs(self.logits(x), routing)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Routing | None]:
+        """What `logits` turns into logits, and what the routers did; arguments as for a call."""
         where = None
         if positions is None and segment_ids is not None:
             positions = segment_positions(segment_ids)
@@ -142,8 +192,8 @@ class Llama(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         else:
             where = Where(positions, _runs(positions, segment_ids))
-        x, _, _, routing = self._decode(tokens, describe(self.config, positions, where))
-        return Outputs(self.logits(x), routing)
+        x, _, routing = self._decode(tokens, positions, where)
+        return x, routing
 
     def prefill(
         self, tokens: Int[Array, "b t"], counts: Int[Array, " b"] | None = None, *, context: int
@@ -185,13 +235,10 @@ class Llama(nnx.Module):
 
     def logits(self, x: Float[Array, "*b d"]) -> Float32[Array, "*b v"]:
         """Float32 logits of final hidden states."""
+        # Gathered along its input, so that logits are never summed over shards.
         head = self.embed[...].T if self.head is None else self.head[...]
-        return jnp.einsum(
-            "...d,dv->...v",
-            self.norm(x),
-            head.astype(x.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        head = constrain(head.astype(x.dtype), None, "vocab")
+        return jnp.einsum("...d,dv->...v", self.norm(x), head, preferred_element_type=jnp.float32)
 
     def _extend(
         self, tokens: Array, cache: Cache, counts: Array | None, *, fresh: bool
@@ -199,43 +246,125 @@ class Llama(nnx.Module):
         b, t = tokens.shape
         counts = jnp.full((b,), t, jnp.int32) if counts is None else counts
         positions = cache.lengths[:, None] + jnp.arange(t, dtype=jnp.int32)
-        step = Step(cache.lengths, counts, fresh)
-        x, layers, tail, _ = self._decode(
-            tokens, describe(self.config, positions), cache.layers, cache.tail, step
-        )
-        return x, Cache(layers, tail, cache.lengths + counts)
+        added = Added(counts, fresh, _slots(cache))
+        x, cache, _ = self._decode(tokens, positions, None, cache, added)
+        return x, cache
 
     def _decode(
         self,
         ids: Array,
-        tokens: Tokens,
-        layer_caches: tuple = (),
-        tail_caches: tuple = (),
-        step: Step | None = None,
-    ) -> tuple[Array, tuple, tuple, Routing | None]:
-        """Hidden states before the final norm, both kinds of caches, and every layer's routing."""
-        # Compiled code cannot raise, so an id outside the vocabulary gives NaN, not a neighbour.
-        ids = jnp.where(ids < 0, self.config.vocab_size, ids)
-        x = self.embed[...].at[ids].get(mode="fill", fill_value=jnp.nan)
-        x = x.astype(self.execution.dtype)
-        x = constrain(x, "batch", "sequence", None)
+        positions: Array,
+        where: Where | None,
+        cache: Cache | None = None,
+        added: Added | None = None,
+    ) -> tuple[Array, Any, Routing | None]:
+        """Hidden states before the final norm, the cache and every layer's routing, on any mesh."""
+        sharding.check(self.config, jax.sharding.get_abstract_mesh().shape)
+        rows, _ = sharding.token_axes(ids.shape[0])
+        # Tokens that follow a cache meet it where it lies, so they are not cut.
+        follows = added is not None and not added.fresh
+        cut = None if follows else split(self.config, ids.shape[1])
+        if cut is not None and cut.balanced:
+            order = cut.rows.reshape(-1)
+            ids, positions, where = jax.tree.map(lambda x: x[:, order], (ids, positions, where))
+        tiling = Tiling(rows, ("context",) if cut else ())
+        graph, state = nnx.split((self.embed, self.layers, self.tail))
 
-        def period(x: Array, args: tuple) -> tuple[Array, tuple]:
-            return _run(args[0], x, tokens, args[1], step)
+        def shard(state: nnx.State, *arrays: Any) -> tuple:
+            return self._shard(nnx.merge(graph, state), arrays, added, cut, tiling)
+
+        row = PartitionSpec(rows or None)
+        token = PartitionSpec(*row, *tiling.tokens)
+        place = cache_specs(cache, row)
+        run = sharding.per_shard(
+            shard,
+            (sharding.specs(state), token, token, token, place, row),
+            (token, place, PartitionSpec()),
+        )
+        return run(state, ids, positions, where, cache, added and added.counts)
+
+    def _shard(
+        self, modules: tuple, arrays: tuple, added: Added | None, cut: Split | None, tiling: Tiling
+    ) -> tuple[Array, Any, Routing | None]:
+        """`_decode` on one shard: its part of the arrays, and of these modules' parameters."""
+        (embed, layers, tail), (ids, positions, where, cache, counts) = modules, arrays
+        x = lookup(embed, ids, self.config.vocab_size, self.execution.dtype)
+        tokens = describe(self.config, positions, where, cut)
+        how = How(tiling, capacity=self.execution.capacity)
+        if added is not None:
+            how = How(tiling, Step(cache.lengths, counts, added.fresh, added.slots))
+
+        def layer(block: Block, x: Array, cache: KeyValues | None, number: Array | None) -> tuple:
+            return block(checkpoint_name(x, LAYER_INPUT), tokens, cache, how, number)
 
         if self.execution.remat != "none":
-            period = jax.checkpoint(period, policy=REMAT[self.execution.remat])
-        layer_caches = layer_caches or (None,) * len(self.layers)
-        tail_caches = tail_caches or (None,) * len(self.tail)
+            layer = jax.checkpoint(layer, policy=REMAT[self.execution.remat])
+
+        def run(carry: tuple[Array, tuple], args: tuple) -> tuple[tuple[Array, tuple], tuple]:
+            (x, caches), (blocks, number) = carry, args
+            new, routings = [], []
+            for block, cache in zip(blocks, caches, strict=True):
+                x, cache, routing = layer(block, x, cache, number)
+                new.append(cache)
+                routings.append(routing)
+            return (x, tuple(new)), tuple(routings)
+
+        new: Any = (None,) * len(layers)
+        new_tail: Any = (None,) * len(tail)
+        if cache is not None:
+            new, new_tail = cache.layers, cache.tail
         routing: tuple = ()
-        if self.periods:
-            x, (layer_caches, routing) = jax.lax.scan(period, x, (tuple(self.layers), layer_caches))
-        new, tail_routing = [], []
-        for block, cache in zip(self.tail, tail_caches, strict=True):
-            x, ((cache,), (routed,)) = period(x, ((block,), (cache,)))
-            new.append(cache)
-            tail_routing.append(routed)
-        return x, layer_caches, tuple(new), _in_layer_order(routing, tail_routing)
+        if layers:
+            # Caches are carried, not stacked anew: a step changes one slot of them, in place.
+            numbers = jnp.arange(self.periods, dtype=jnp.int32)
+            (x, new), routing = jax.lax.scan(run, (x, new), (tuple(layers), numbers))
+        (x, new_tail), tail_routing = run((x, new_tail), (tuple(tail), None))
+        if cache is not None:
+            cache = Cache(new, new_tail, cache.lengths + counts)
+        if cut is not None:
+            x = cut.contiguous(x)
+        return x, cache, _in_layer_order(routing, tail_routing)
+
+
+def lookup(
+    table: nnx.Param, ids: Int[Array, "b t"], vocab_size: int, dtype: str
+) -> Float[Array, "b t d"]:
+    """The rows of an embedding table, of which each shard has some columns and some rows.
+
+    Ids are few bytes, so each shard looks up its columns for all shards' ids and sends them there:
+    the table itself, a thousand times larger than the answers, is never gathered.
+    """
+    axes = sharding.param_mesh_axes(table)[1]
+    part = table[...]
+    asked = sharding.gather(ids[None], 0, *axes)
+    # Compiled code cannot raise, so an id outside the vocabulary gives NaN, not a neighbour.
+    first = sharding.index("tensor") * part.shape[0]
+    local = jnp.where(asked < first, part.shape[0], asked - first)
+    found = part.at[local].get(mode="fill", fill_value=0).astype(dtype)
+    found = total(found, "tensor")
+    found = jnp.where(((asked < 0) | (asked >= vocab_size))[..., None], jnp.nan, found)
+    return sharding.exchange(found, 0, 3, *axes)[0]
+
+
+def _slots(cache: Cache) -> Slots:
+    """How the slots of a cache lie on the current mesh: cut where every layer's can be."""
+    shards = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    sizes = {x.k.shape[-3] for x in (*cache.layers, *cache.tail)}
+    return Slots(shards > 1 and all(size % shards == 0 for size in sizes))
+
+
+def cache_specs(cache: Cache | None, rows: PartitionSpec) -> Any:
+    """The layout of a cache: slots over context, heads over tensor."""
+    if cache is None:
+        return PartitionSpec()
+    slots = "context" if _slots(cache).cut else None
+    plain = PartitionSpec(*rows, slots, "tensor", None)
+    stacked = PartitionSpec(None, *plain)
+    layers, tail = (
+        jax.tree.map(lambda _, spec=spec: spec, part)
+        for part, spec in ((cache.layers, stacked), (cache.tail, plain))
+    )
+    return Cache(layers, tail, rows)  # type: ignore[arg-type]
 
 
 def segment_positions(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
@@ -259,23 +388,7 @@ def _stacked(config: TextConfig, layer: Layer, periods: int, rngs: nnx.Rngs) -> 
     return jax.vmap(lambda key: Block(config, layer, rngs=nnx.Rngs(params=key)))(keys)
 
 
-def _run(
-    blocks: tuple[Block, ...],
-    x: Array,
-    tokens: Tokens,
-    caches: tuple[KeyValues | None, ...],
-    step: Step | None,
-) -> tuple[Array, tuple[tuple, tuple]]:
-    """`blocks` one after the other; also their new caches and routings."""
-    new, routings = [], []
-    for block, cache in zip(blocks, caches, strict=True):
-        x, cache, routing = block(x, tokens, cache, step)
-        new.append(cache)
-        routings.append(routing)
-    return x, (tuple(new), tuple(routings))
-
-
-def _in_layer_order(scanned: tuple, tail: list) -> Routing | None:
+def _in_layer_order(scanned: tuple, tail: tuple) -> Routing | None:
     """All routings stacked by layer: scanned ones come by place in the pattern, then period."""
     places = [routing for routing in scanned if routing is not None]
     rest = [routing for routing in tail if routing is not None]
@@ -286,23 +399,3 @@ def _in_layer_order(scanned: tuple, tail: list) -> Routing | None:
     if rest:
         parts.append(jax.tree.map(lambda *x: jnp.stack(x), *rest))
     return jax.tree.map(lambda *x: jnp.concatenate(x), *parts) if parts else None
-
-
-def unrolled(model: Llama) -> Llama:
-    """The same model with every layer in `tail`; its scanned parameters are sliced, so copied.
-
-    For decoding on CPU: there a scan copies each layer's weights at every step.
-    """
-    if not model.periods:
-        return model
-    blocks = [
-        jax.tree.map(lambda x, i=i: x[i], block)
-        for i in range(model.periods)
-        for block in model.layers
-    ]
-    new: Llama = jax.tree.map(lambda x: x, model)
-    new.periods = 0
-    new.execution = dataclasses.replace(model.execution, scan=False)
-    new.layers = nnx.List([])
-    new.tail = nnx.List([*blocks, *new.tail])
-    return new

@@ -1,0 +1,1 @@
+"""Compiling for a TPU pod that nobody holds: what fits, what moves, how fast it can be."""

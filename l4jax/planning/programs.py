@@ -1,0 +1,138 @@
+"""The programs that a plan compiles: the very functions that training and generation run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from l4jax import sharding
+from l4jax.config import Execution, TextConfig
+from l4jax.inference import decoding
+from l4jax.inference.sampling import Sampling
+from l4jax.models.llama4 import Llama, cache_specs
+from l4jax.planning.meshes import Task
+from l4jax.training import objectives, optimizers
+from l4jax.training.trainer import Update, batch_sharding, compiled
+
+_STOPS = 2
+"""Ids that end a row, when planning a decode step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function and what it is called with, as shapes and places on a mesh.
+
+    parts: of the arguments, by what they are for.
+    """
+
+    mesh: Mesh
+    rules: sharding.Rules
+    function: Any
+    arguments: tuple[Any, ...]
+    static: dict[str, Any]
+    parts: dict[str, Any]
+
+    def lower(self) -> Any:
+        """The program, traced for its mesh."""
+        with sharding.use(self.mesh, self.rules):
+            return self.function.lower(*self.arguments, **self.static)
+
+    def bytes(self) -> dict[str, int]:
+        """What every part of the arguments takes on one device."""
+        return {name: _bytes(tree) for name, tree in self.parts.items()}
+
+
+def program(
+    config: TextConfig, task: Task, *, batch: int, seq: int, execution: Execution, mesh: Mesh
+) -> Program:
+    """The step of a task.
+
+    Args:
+        config: the architecture.
+        task: "train" reads rows of one document each, "sft" packed rows; both update float32
+            parameters with AdamW in float32. "prefill" fills a cache with prompts, "decode" adds
+            one token to each context; both hold parameters in the type they compute in.
+        batch: rows.
+        seq: tokens of a row, or of a context.
+        execution: how the model computes.
+        mesh: of devices that may belong to nobody here.
+    """
+    rules = sharding.TRAINING if task in ("train", "sft") else sharding.SERVING
+    with sharding.use(mesh, rules):
+        model = nnx.eval_shape(lambda: Llama(config, execution=execution, rngs=nnx.Rngs(0)))
+        if task in ("train", "sft"):
+            function, arguments, parts = _update(model, batch, seq, packed=task == "sft")
+            return Program(mesh, rules, function, arguments, {}, parts)
+        model = _placed(model, execution.dtype)
+        make = _prefill if task == "prefill" else _decode
+        function, arguments, static, parts = make(model, batch, seq)
+        return Program(mesh, rules, function, (model, *arguments), static, parts)
+
+
+def _update(model: Llama, batch: int, seq: int, *, packed: bool) -> tuple[Callable, tuple, dict]:
+    schedule = optimizers.warmup_cosine(1e-4, steps=10_000, warmup=100)
+    update = Update(model, objectives.next_token(), optimizers.adamw(schedule))
+    state, place = update.abstract(), batch_sharding(batch, seq)
+    names = ("tokens", "segment_ids", "positions") if packed else ("tokens",)
+    rows = {name: jax.ShapeDtypeStruct((batch, seq), np.int32, sharding=place) for name in names}
+    parts = {"parameters": state.params, "optimizer": state.optimizer}
+    return compiled(update), (state, rows), parts
+
+
+def _prefill(model: Llama, batch: int, seq: int) -> tuple[Callable, tuple, dict, dict]:
+    rows, context = sharding.token_axes(batch, seq)
+    arguments = (
+        _array((batch, seq), np.int32, rows or None, context or None),
+        _array((batch,), np.int32, rows or None),
+        _array((), _key_type()),
+        _array((_STOPS,), np.int32),
+    )
+    static = {"sampling": Sampling(temperature=0.0, top_k=None, top_p=1.0), "context": seq}
+    return decoding.prefill, arguments, static, {"parameters": model}
+
+
+def _decode(model: Llama, batch: int, seq: int) -> tuple[Callable, tuple, dict, dict]:
+    rows, _ = sharding.token_axes(batch)
+    shapes = jax.eval_shape(lambda: model.empty_cache(batch, seq))
+    places = cache_specs(shapes, PartitionSpec(rows or None))
+    cache = jax.tree.map(lambda x, spec: _array(x.shape, x.dtype, *spec), shapes, places)
+    token, live = (_array((batch,), kind, rows or None) for kind in (np.int32, bool))
+    state: Any = decoding.State(token, live, cache)  # type: ignore[arg-type]
+    arguments = state, _array((), _key_type()), _array((_STOPS,), np.int32), _array((), np.int32)
+    static = {"sampling": Sampling(temperature=0.0, top_k=None, top_p=1.0)}
+    return decoding.decode_step, arguments, static, {"parameters": model, "cache": cache}
+
+
+def _placed(model: Llama, dtype: str) -> Llama:
+    """The model with every parameter in this type, in its place."""
+    graph, state = nnx.split(model)
+    places = sharding.shardings(state)
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=place),
+        state,
+        places,
+    )
+    return nnx.merge(graph, state)
+
+
+def _array(shape: tuple[int, ...], dtype: Any, *axes: Any) -> jax.ShapeDtypeStruct:
+    place = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(*axes))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+
+def _key_type() -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0)).dtype
+
+
+def _bytes(tree: Any) -> int:
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )

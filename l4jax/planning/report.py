@@ -1,0 +1,199 @@
+"""What `l4jax plan` does with what it is told: one plan, a search, or the longest context."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from l4jax.planning import charts, chips, compiler, meshes, plan
+from l4jax.planning.meshes import Task
+
+How = Literal["plan", "measure", "search", "longest"]
+
+
+def request(
+    preset: str,
+    *,
+    topology: str,
+    slices: int,
+    task: Task,
+    seq: int | None,
+    context: str | None,
+    mesh: str | None,
+    **rest: Any,
+) -> plan.Request:
+    """What the options ask for; `rest` as in `plan.Request`.
+
+    Raises:
+        ValueError: they do not go together, or are out of range.
+    """
+    if context is not None and task != "decode":
+        raise ValueError(f"--context is for --task decode; a {task} step has --seq")
+    if context is not None and seq is not None:
+        raise ValueError("--seq and --context say the same when decoding: give one")
+    length = seq
+    if context not in (None, "max"):
+        assert context is not None
+        if not context.isdecimal():
+            raise ValueError(f"context {context!r} must be a number of tokens or max")
+        length = int(context)
+    sizes = meshes.parse(mesh) if mesh is not None else None
+    asked = plan.Request(
+        preset=preset,
+        topology=chips.parse(topology, slices=slices),
+        task=task,
+        mesh=sizes,
+        length=length,
+        **rest,
+    )
+    if sizes is not None:
+        meshes.check(asked.config, asked.topology, asked.work, sizes)
+    return asked
+
+
+def how(*, search: bool, limit: int, context: str | None, measure: bool) -> tuple[How, int]:
+    """What kind of plan the options ask for, and how many programs at most.
+
+    Raises:
+        ValueError: they ask for two kinds.
+    """
+    asked: list[How] = []
+    if search:
+        asked.append("search")
+    if context == "max":
+        asked.append("longest")
+    if measure:
+        asked.append("measure")
+    if len(asked) > 1:
+        raise ValueError("--search, --context max and --measure do not go together: give one")
+    if limit < 1:
+        raise ValueError(f"limit {limit} must be at least 1")
+    return (asked or ["plan"])[0], limit
+
+
+def make(
+    request: plan.Request, how: tuple[How, int], *, out: pathlib.Path | None, console: Console
+) -> dict[str, Any]:
+    """The plan, with `plans` if it was a search; written to `out` too.
+
+    Raises:
+        compiler.NoCompiler, compiler.Failed, ValueError: see `plan.plan`.
+    """
+    kind, limit = how
+    compiler.require()
+    if kind != "measure":
+        compiler.leave_tpu_alone()
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    name = f"{request.preset} for {request.topology.name}"
+    with console.status(f"Compiling {name}") as status:
+
+        def notify(text: str) -> None:
+            status.update(f"Compiling {name}: {text}")
+
+        if kind == "search":
+            plans = plan.search(request, limit=limit, notify=notify, out=out)
+            if not plans:
+                raise RuntimeError("the compiler refused every program that was tried")
+            facts = plans[0] | {"plans": plans}
+        elif kind == "longest":
+            facts = plan.longest(request, notify=notify, out=out)
+        elif kind == "measure":
+            facts = plan.measured(request, notify=notify, out=out)
+        else:
+            facts = plan.plan(request, out=out)
+    if out is not None:
+        charts.save(facts, out / "plan.png")
+        _write(out / "plan.json", json.dumps(facts, indent=1) + "\n")
+    return facts
+
+
+def _write(file: pathlib.Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(text)
+    partial.rename(file)
+
+
+def show(facts: Mapping[str, Any], console: Console) -> None:
+    """Prints a plan for people."""
+    console.print(charts.title(facts), style="bold", markup=False, highlight=False)
+    table = Table(show_header=False, box=None)
+    for row in _rows(facts):
+        table.add_row(*row)
+    console.print(table)
+    for line in facts.get("advice", []):
+        console.print(f"would fit, by estimate: {line}", markup=False, highlight=False)
+    for name in facts.get("uncounted_kernels", []):
+        console.print(f"operations of the kernel {name} are unknown", style="yellow")
+    for name in facts.get("open_loops", []):
+        console.print(f"counted once, as its trips are unknown: {name}", style="yellow")
+    if "plans" in facts:
+        console.print(_ranking(facts["plans"]))
+
+
+def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    hbm = facts["hbm_gib"]
+    outer = ("total", "capacity", "missing", "host")
+    parts = ", ".join(f"{k} {n:.1f}" for k, n in hbm.items() if k not in outer and n >= 0.05)
+    verdict = "fits" if facts["fits"] else f"does not fit by {hbm['missing']:.1f} GiB"
+    took = facts["compile_seconds"]
+    rows = [
+        ("HBM", f"{hbm['total']:.1f} of {hbm['capacity']} GiB ({parts}): {verdict}"),
+    ]
+    if facts["remat"] is not None:
+        rows.append(("rematerialization", facts["remat"]))
+    if facts["fits"]:
+        wire, flops, times = facts["wire_gb"], facts["flops"], facts["roofline_seconds"]
+        for name, group in (("by kind", wire["by_kind"]), ("by mesh axis", wire["by_axis"])):
+            listed = ", ".join(f"{kind} {n:.3g}" for kind, n in group.items())
+            rows.append((f"traffic {name}", f"{wire['total']:.4g} GB: {listed or 'none'}"))
+        times_listed = ", ".join(
+            f"{name} {n:.3g}"
+            for name, n in times.items()
+            if name not in ("total", "without_overlap")
+        )
+        rows += [
+            (
+                "FLOPs",
+                f"{flops['executed'] / 1e12:,.4g} T per device and step, "
+                f"{flops['executed'] / flops['ideal']:.2f} times the model's own",
+            ),
+            (
+                "least time",
+                f"{times['total']:.3g} s, bound by {facts['bound']} ({times_listed}); "
+                f"{times['without_overlap']:.3g} s if nothing overlaps",
+            ),
+            (
+                "at best",
+                f"{facts['mfu_bound']:.1%} of peak, {facts['tokens_per_second']:,.0f} tokens/s",
+            ),
+        ]
+    if "cost_per_million_tokens" in facts:
+        rows.append(("cost at best", f"{facts['cost_per_million_tokens']:.4g} per million tokens"))
+    if "measured_seconds" in facts:
+        rows.append(
+            ("measured", f"{facts['measured_seconds']:.3g} s, {facts['measured_mfu']:.1%} of peak")
+        )
+    rows.append(("compiled in", f"{took['wall']:.0f} s, {took['cpu']:.0f} CPU-seconds"))
+    return rows
+
+
+def _ranking(plans: list[dict[str, Any]]) -> Table:
+    table = Table("mesh", "remat", "GiB", "GB sent", "least s", "MFU at best", title="Ranking")
+    for found in plans:
+        fits = found["fits"]
+        table.add_row(
+            meshes.show(found["mesh"]),
+            found["remat"] or "",
+            f"{found['hbm_gib']['total']:.1f}" + ("" if fits else " (too large)"),
+            f"{found['wire_gb']['total']:.4g}" if fits else "",
+            f"{found['roofline_seconds']['total']:.3g}" if fits else "",
+            f"{found['mfu_bound']:.1%}" if fits else "",
+        )
+    return table

@@ -1,0 +1,116 @@
+"""Counting whole programs, whose traffic and products arithmetic knows."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from l4jax.planning import chips, compiler, counting
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu, the compiler for TPUs: pip install 'l4jax[tpu]'",
+)
+
+
+def test_collectives_of_a_program_compiled_for_eight_devices():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+    def shard(x, w):
+        def layer(x, w):
+            return jnp.tanh(x @ jax.lax.all_gather(w, "a", tiled=True)), None
+
+        x, _ = jax.lax.scan(layer, x, w)
+        x = jax.lax.psum_scatter(x, "b", tiled=True)
+        x = jax.lax.all_to_all(x, "a", 0, 1, tiled=True)
+        return jax.lax.psum(x, ("a", "b"))
+
+    step = jax.jit(
+        jax.shard_map(
+            shard, mesh=mesh, in_specs=(P("a"), P(None, "a")), out_specs=P(), check_vma=False
+        )
+    )
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, P("a")))
+    w = jax.ShapeDtypeStruct((5, 32, 32), jnp.float32, sharding=NamedSharding(mesh, P(None, "a")))
+    found = counting.count(step.lower(x, w).compile().as_text(), dict(mesh.shape))
+    assert found.wire_by_kind() == {
+        "all-gather": 5 * 16 * 32 * 4,
+        "reduce-scatter": 3 / 4 * 32 * 32 * 4,
+        "all-reduce": 2 * 7 / 8 * 8 * 32 * 4,
+        "all-to-all": 1 / 2 * 8 * 32 * 4,
+    }
+    assert found.product_flops == 5 * 2 * 32 * 32 * 32
+    assert found.open_loops == ()
+
+
+@pytest.fixture
+def optimized():
+    """Undoes the suite's quick compilation: the compiler for TPUs obeys it too."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+class Step:
+    """A training step of a few dense layers, computed again in the backward pass."""
+
+    layers, width, hidden, tokens = 3, 512, 1024, 4096
+
+    def __init__(self, mesh):
+        def place(*axes):
+            return NamedSharding(mesh, P(*axes))
+
+        shape = self.layers, self.width, self.hidden
+        self.weights = [
+            jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place(None, "fsdp")),
+            jax.ShapeDtypeStruct(
+                (shape[0], shape[2], shape[1]), jnp.float32, sharding=place(None, None, "fsdp")
+            ),
+        ]
+        self.x = jax.ShapeDtypeStruct(
+            (self.tokens, self.width), jnp.bfloat16, sharding=place("fsdp")
+        )
+
+    def lower(self):
+        @jax.checkpoint
+        def layer(x, weights):
+            up, down = (w.astype(jnp.bfloat16) for w in weights)
+            return x + jax.nn.silu(x @ up) @ down, None
+
+        def step(weights, x):
+            def loss(weights):
+                return jnp.sum(jax.lax.scan(layer, x, weights)[0].astype(jnp.float32) ** 2)
+
+            return jax.tree.map(lambda w, g: w - g, weights, jax.grad(loss)(weights))
+
+        return jax.jit(step, donate_argnums=0).lower(self.weights, self.x)
+
+
+@needs_libtpu
+def test_a_dense_step_compiled_for_a_tpu_has_the_products_that_arithmetic_says(optimized):
+    """6·N·T and the first product again; nobody needs the second's result a second time."""
+    mesh = Mesh(np.array(compiler.devices(chips.parse("v5p:2x2x1"))), ("fsdp",))
+    found = compiler.compile(Step(mesh), mesh)
+    assert isinstance(found, compiler.Compiled)
+    counts = counting.count(found.text, {"fsdp": 4})
+    product = 2 * (Step.tokens // 4) * Step.width * Step.hidden
+    assert counts.product_flops == Step.layers * 7 * product
+    weights = 2 * Step.layers * Step.width * Step.hidden
+    once = 3 / 4 * 2 * weights
+    by_kind = counts.wire_by_kind()
+    assert by_kind.pop("all-gather") == 2 * once
+    # The compiler reduces one of the two gradients to every device.
+    assert once <= sum(by_kind.values()) <= 2 * once
+    assert set(counts.wire_by_axes()) == {"fsdp"}
+    assert counts.open_loops == ()
+    assert found.memory.arguments == pytest.approx(
+        (weights + Step.tokens * Step.width * 2 / 4) / 2**30, rel=0.02
+    )
+    assert found.memory.arguments < found.memory.peak < 1
+    assert found.cpu_seconds > 0

@@ -1,0 +1,328 @@
+"""`l4jax plan` as users see it, and the table of recorded plans."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import types
+
+import jax
+import pytest
+
+from l4jax import cli, presets
+from l4jax.planning import chips, compiler, hlo, plan
+from tpu.plans import __main__ as plans
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu, the compiler for TPUs: pip install 'l4jax[tpu]'",
+)
+TINY = ("plan", "tiny-llama4-scout", "--topology", "v5p:2x2x1", "--seq", "64")
+
+
+@pytest.fixture
+def run(capsys):
+    """Calls the command line in this process: exit status, output, errors."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def optimized():
+    """Undoes the suite's quick compilation: the compiler for TPUs obeys it too."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+# --- Usage ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--topology", "v7:2x2"), "the TPU generations are v5e, v5p, v6e, tpu7x"),
+        (("--topology", "v5p:4x4"), "slices of v5p are v5p:2x2x1"),
+        (("--topology", "v5p:2x2x1", "--slices", "0"), "slices 0 must be at least 1"),
+        (("--topology", "v5p:2x2x1", "--mesh", "fsdp:4"), "write axes and sizes such as"),
+        (
+            ("--topology", "v5p:2x2x1", "--mesh", "fsdp=8"),
+            "has 8 devices, but v5p:2x2x1 has 4; nearest meshes that do: fsdp=4",
+        ),
+        (("--topology", "v5p:2x2x1", "--batch", "0"), "batch 0 must be greater than 0"),
+        (("--topology", "v5p:2x2x1", "--seq", "99999999"), "99999999 tokens are more than"),
+        (("--topology", "v5p:2x2x1", "--context", "64"), "--context is for --task decode"),
+        (
+            ("--topology", "v5p:2x2x1", "--task", "decode", "--remat", "full"),
+            "a decode step has no backward pass",
+        ),
+        (
+            ("--topology", "v5p:2x2x1", "--task", "decode", "--context", "long"),
+            "context 'long' must be a number of tokens or max",
+        ),
+        (
+            ("--topology", "v5p:2x2x1", "--task", "decode", "--seq", "64", "--context", "64"),
+            "say the same when decoding",
+        ),
+        (("--topology", "v5p:2x2x1", "--search", "--measure"), "do not go together"),
+        (("--topology", "v5p:2x2x1", "--search", "--limit", "0"), "limit 0 must be at least 1"),
+    ],
+)
+def test_bad_usage_is_one_clear_line(run, options, message):
+    code, out, err = run("plan", "tiny-llama4-scout", *options)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_without_the_compiler_the_line_says_what_to_install(run, monkeypatch):
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: None)
+    code, out, err = run(*TINY)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "pip install 'l4jax[tpu]'" in err
+
+
+# --- What comes back -----------------------------------------------------------------------------
+@pytest.fixture
+def answer(monkeypatch):
+    """Lets a function answer for the compiler."""
+
+    def use(function):
+        monkeypatch.setattr(compiler, "require", lambda: None)
+        monkeypatch.setattr(compiler, "versions", lambda: compiler.Versions("1", "2"))
+        monkeypatch.setattr(compiler, "devices", lambda topology: _devices(topology.devices))
+        monkeypatch.setattr(compiler, "compile", lambda program, mesh: function(mesh))
+        monkeypatch.setattr(plan.programs, "program", lambda *_, **__: _Program())
+        monkeypatch.setattr(plan.sharding, "make_mesh", _mesh)
+
+    return use
+
+
+class _Program:
+    def bytes(self):
+        return {"parameters": 3.0 * 2**30, "optimizer": 6.0 * 2**30}
+
+
+def _devices(n):
+    return [types.SimpleNamespace(coords=(i % 2, i // 2, 0), core_on_chip=0) for i in range(n)]
+
+
+def _mesh(devices, **sizes):
+    return types.SimpleNamespace(devices=types.SimpleNamespace(flat=devices), shape=sizes)
+
+
+def too_large(gib):
+    return compiler.TooLarge(gib, "RESOURCE_EXHAUSTED: …", 2.0, 3.0)
+
+
+def taken(gib=12.0):
+    """A compiled program with one all-gather along fsdp, and a product."""
+    text = """HloModule m
+
+ENTRY %main (p: bf16[64,64]) -> bf16[256,64] {
+  %p = bf16[64,64]{1,0} parameter(0)
+  %x = bf16[64,64]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %g = bf16[256,64]{1,0} all-gather(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+"""
+    return compiler.Compiled(None, text, compiler.Memory(9.5, gib - 9.5, gib, 0.0), 2.0, 3.0)
+
+
+ASKED = ("plan", "llama3.1-8b", "--topology", "v5p:2x2x1", "--mesh", "fsdp=4")
+
+
+def test_a_plan_has_all_that_scripts_rely_on(run, answer, tmp_path):
+    answer(lambda mesh: taken())
+    out = tmp_path / "new" / "folder"
+    code, text, _ = run(*ASKED, "--json", "--price-per-chip-hour", "4.2", "--out", out)
+    found = json.loads(text)
+    assert (code, found["fits"], found["mesh"]) == (0, True, {"fsdp": 4})
+    assert found["hbm_gib"] == {
+        "parameters": 3.0,
+        "optimizer": 6.0,
+        "other arguments": 0.5,
+        "temporaries": 2.5,
+        "total": 12.0,
+        "capacity": 95.74,
+    }
+    assert found["wire_gb"]["by_kind"] == {"all-gather": 3 * 64 * 64 * 2 / 1e9}
+    assert found["wire_gb"]["by_axis"] == {"fsdp": found["wire_gb"]["total"]}
+    assert found["flops"]["executed"] == 2 * 64**3
+    times = found["roofline_seconds"]
+    assert times["total"] == max(times["compute"], times["hbm"], times["ici"])
+    assert found["mfu_bound"] == pytest.approx(found["flops"]["ideal"] / (459e12 * times["total"]))
+    rate = 4 * 8192 / times["total"]
+    assert found["tokens_per_second"] == pytest.approx(rate)
+    assert found["cost_per_million_tokens"] == pytest.approx(4 * 4.2 / 3600 / rate * 1e6)
+    assert found["compile_seconds"] == {"wall": 2.0, "cpu": 3.0}
+    assert found["versions"] == {"jax": "1", "libtpu": "2"}
+    assert json.loads((out / "plan.json").read_text()) == found
+    assert (out / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(file.name for file in out.iterdir()) == ["plan.json", "plan.png"]
+
+
+def test_a_plan_is_shown_to_people(run, answer):
+    answer(lambda mesh: taken())
+    code, text, _ = run(*ASKED)
+    assert code == 0
+    for words in ("12.0 of 95.74 GiB", "fits", "all-gather", "of peak", "3 CPU-seconds"):
+        assert words in text
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would(run, answer, tmp_path):
+    answer(lambda mesh: too_large(101.0))
+    code, text, _ = run(*ASKED, "--remat", "none", "--batch", "16", "--json", "--out", tmp_path)
+    found = json.loads(text)
+    assert (code, found["fits"]) == (0, False)
+    assert found["hbm_gib"]["missing"] == pytest.approx(101.0 - 95.74)
+    options = {line.split()[0] for line in found["advice"]}
+    assert {"--remat", "--batch", "--seq", "--topology"} <= options
+    assert "--topology v5p:2x2x2" in found["advice"]
+    assert (tmp_path / "plan.png").exists()
+
+
+def test_a_refusal_is_one_line_and_a_file(run, answer, tmp_path):
+    def refuse(mesh):
+        raise compiler.Failed("INTERNAL: Mosaic failed to compile: bad tile\nand much more")
+
+    answer(refuse)
+    code, out, err = run(*ASKED, "--out", tmp_path)
+    assert (code, out) == (1, "")
+    assert "the TPU compiler refuses this program: Mosaic failed to compile: bad tile" in err
+    assert (tmp_path / "compiler.txt").read_text().endswith("and much more")
+
+
+def test_a_search_ranks_what_it_compiles(run, answer):
+    seen = []
+
+    def some(mesh):
+        seen.append(dict(mesh.shape))
+        return too_large(200.0) if len(seen) == 1 else taken()
+
+    answer(some)
+    code, text, _ = run(
+        *("plan", "llama3.1-8b", "--topology", "v5p:2x2x1", "--search", "--limit", "3", "--json")
+    )
+    found = json.loads(text)
+    assert (code, len(seen), len(found["plans"])) == (0, 3, 3)
+    assert [p["fits"] for p in found["plans"]] == [True, True, False]
+    assert found["mesh"] == found["plans"][0]["mesh"]
+    code, text, _ = run(
+        *("plan", "llama3.1-8b", "--topology", "v5p:2x2x1", "--search", "--limit", "2")
+    )
+    assert code == 0
+    assert "Ranking" in text
+
+
+@pytest.mark.parametrize("limit", [700, 5000, 131072])
+def test_the_longest_context_that_fits_is_found_in_few_trials(monkeypatch, limit):
+    trials = []
+
+    def fake(request, *, out=None):
+        trials.append(request.length)
+        gib = 20 + 75.74 * request.length / (limit * 1024)
+        return {"fits": gib <= 95.74, "length": request.length, "hbm_gib": {"total": gib}}
+
+    monkeypatch.setattr(plan, "plan", fake)
+    request = plan.Request(
+        preset="llama4-scout", topology=chips.parse("v5p:2x2x1"), task="decode", batch=1
+    )
+    found = plan.longest(request, notify=lambda text: None)
+    most = min(limit * 1024, request.config.max_context)
+    assert found["fits"]
+    assert most * 31 / 32 - 1024 <= found["length"] <= most
+    assert len(trials) <= 6
+
+
+def test_no_context_at_all_is_an_error(monkeypatch):
+    monkeypatch.setattr(plan, "plan", lambda *_, **__: {"fits": False, "hbm_gib": {"total": 99.0}})
+    request = plan.Request(
+        preset="llama4-scout", topology=chips.parse("v5p:2x2x1"), task="decode", batch=1
+    )
+    with pytest.raises(ValueError, match="not even 1,024 tokens of context fit"):
+        plan.longest(request, notify=lambda text: None)
+
+
+def test_measuring_needs_the_very_devices(run, monkeypatch):
+    monkeypatch.setattr(compiler, "require", lambda: None)
+    code, _, err = run(*TINY, "--measure")
+    assert code == 1
+    assert "needs v5p:2x2x1 itself, with 4 devices; here are 8 CPU devices" in err
+
+
+# --- The real thing ------------------------------------------------------------------------------
+@needs_libtpu
+def test_a_training_step_of_a_small_scout_compiles_for_a_tpu(run, optimized, tmp_path):
+    code, text, err = run(*TINY, "--mesh", "expert=4", "--json", "--out", tmp_path)
+    assert code == 0, err
+    found = json.loads(text)
+    assert found["fits"]
+    assert 0 < found["hbm_gib"]["parameters"] < found["hbm_gib"]["total"] < 1
+    assert set(found["wire_gb"]["by_axis"]) == {"expert"}
+    assert found["wire_gb"]["by_kind"]["all-to-all"] > 0
+    assert found["idle_loops"] > 0, f"the exchange's loop is to be in the scope {hlo.IDLE}"
+    assert (found["open_loops"], found["uncounted_kernels"]) == ([], [])
+    assert found["compile_seconds"]["cpu"] > 0
+
+
+# --- The recorded table --------------------------------------------------------------------------
+@pytest.fixture
+def few(monkeypatch):
+    """A table of two rows, made without compiling."""
+    rows = [plans.Row("llama3.1-8b", "v5p:2x2x1", n, "train") for n in (1, 2)]
+    monkeypatch.setattr(plans, "rows", lambda: iter(rows))
+    monkeypatch.setattr(plans, "version", lambda: "code1")
+    made = []
+
+    def fake(command, **_):
+        made.append(command)
+        facts = {"fits": True, "mesh": {"fsdp": 4}, "remat": "full", "date": "2026-11-26"}
+        facts |= {"hbm_gib": {"total": 1.0, "capacity": 2.0}, "wire_gb": {"total": 3.0}}
+        facts |= {"roofline_seconds": {"total": 4.0}, "bound": "ici", "mfu_bound": 0.5}
+        facts |= {"versions": {"jax": "1", "libtpu": "2"}}
+        failed = "--slices" in command
+        return types.SimpleNamespace(
+            returncode=int(failed), stdout=json.dumps(facts), stderr="noise\nl4jax: no | good\n"
+        )
+
+    monkeypatch.setattr(plans.subprocess, "run", fake)
+    return made
+
+
+def test_rows_are_made_once_for_the_same_code(few, tmp_path, capsys, monkeypatch):
+    assert plans.main([], tmp_path) == 1, "one row failed"
+    assert len(few) == 2
+    text = (tmp_path / "README.md").read_text()
+    assert (
+        "| llama3.1-8b | v5p:2x2x1 | train | fsdp=4 | full | 1.0 of 2.0 | 3 | 4 | ici | 50% |"
+        in text
+    )
+    assert "| llama3.1-8b | v5p:2x2x1 × 2 | train | no / good |" in text
+    assert "jax 1, libtpu 2" in text
+    assert plans.main([], tmp_path) == 0
+    assert len(few) == 2
+    assert plans.main(["--force", "--only", "2x2x1_"], tmp_path) == 0
+    assert len(few) == 3
+    monkeypatch.setattr(plans, "version", lambda: "code2")
+    plans.main([], tmp_path)
+    assert len(few) == 5
+
+
+def test_rows_can_be_listed_and_must_exist(few, tmp_path, capsys):
+    assert plans.main(["--list"], tmp_path) == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "l4jax plan llama3.1-8b --topology v5p:2x2x1 --task train"
+    )
+    assert plans.main(["--only", "nothing"], tmp_path) == 2
+    assert few == []
+
+
+def test_the_table_names_what_exists():
+    assert set(plans.PRESETS) <= set(presets.PRESETS)
+    for topology in (*plans.LARGE.values(), *(name for name, _ in plans.SLICES.values())):
+        assert chips.parse(topology)
+    assert plans.smallest("llama3.1-8b", "v5p", "train") == "v5p:2x2x1"
+    assert plans.smallest("llama4-behemoth", "v6e", "train") is None
+    assert len(plans.version()) == 12

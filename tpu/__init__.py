@@ -1,0 +1,1 @@
+"""Recipes on TPU pods: capacity, manifests, restarts. Start at `launch.py`."""

@@ -1,0 +1,1 @@
+"""Recorded plans: what the TPU compiler says of every model on every generation."""
