@@ -279,16 +279,17 @@ def index(*axes: str) -> jax.Array | int:
 def gather(x: jax.Array, dim: int, *axes: str) -> jax.Array:
     """All shards' `x` along these axes, joined at `dim`; its gradient goes back summed and cut.
 
-    One axis after the other, and along the first dimension: so it costs as many bytes, and the TPU
-    compiler makes a true reduce-scatter of the gradient's sum, where it would send it twice.
+    One axis after the other, and along the first of two dimensions: it costs as many bytes, and the
+    TPU compiler makes a true reduce-scatter of the gradient's sum, where it would send it twice.
     """
     here = live(*axes)
     if not here:
         return x
     x = jnp.moveaxis(x, dim, 0)
+    rows = x.reshape(x.shape[0], -1)
     for axis in reversed(here):
-        x = jax.lax.all_gather(x, axis, axis=0, tiled=True)
-    return jnp.moveaxis(x, 0, dim)
+        rows = jax.lax.all_gather(rows, axis, axis=0, tiled=True)
+    return jnp.moveaxis(rows.reshape(-1, *x.shape[1:]), 0, dim)
 
 
 def total(x: T, *axes: str) -> T:

@@ -393,6 +393,31 @@ def test_slices_and_updates_of_large_arrays_count_as_large_as_they_are():
     assert found.hbm_bytes == 4 * 400 + scalars
 
 
+def test_a_slice_of_another_view_counts_as_a_slice():
+    found = counted(
+        """
+  %stack = bf16[9,100]{1,0} parameter(0)
+  %i = s32[] constant(2)
+  ROOT %one = f32[1,100]{1,0:T(128)S(1)} fusion(%stack, %i), kind=kOutput, calls=%outer
+""",
+        """
+%view (v: bf16[9,100]) -> bf16[9,100] {
+  %v = bf16[9,100]{1,0} parameter(0)
+  ROOT %w = bf16[9,100]{1,0:T(8,128)} copy(%v)
+}
+
+%outer (a: bf16[9,100], i: s32[]) -> f32[1,100] {
+  %a = bf16[9,100]{1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %b = bf16[9,100]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%view
+  %c = f32[9,100]{1,0:T(8,128)} convert(%b)
+  ROOT %s = f32[1,100]{1,0} dynamic-slice(%c, %i.1, %i.1), dynamic_slice_sizes={1,100}
+}
+""",
+    )
+    assert found.hbm_bytes == 200 + 4
+
+
 def test_what_lies_on_the_chip_or_on_the_host_is_not_hbm():
     found = counted("""
   %p = f32[100]{0:T(128)} parameter(0)

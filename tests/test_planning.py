@@ -268,9 +268,12 @@ def test_a_compiled_program_is_run_on_numbers_of_its_shapes():
 
     def step(state, tokens, *, scale):
         jax.debug.callback(seen.append, jnp.max(tokens))
-        return jax.tree.map(lambda x: x * scale, state), jnp.sum(tokens)
+        return jax.tree.map(lambda x: (x * scale).astype(x.dtype), state), jnp.sum(tokens)
 
-    state = {"w": jax.ShapeDtypeStruct((8, 500), jnp.bfloat16), "n": jax.ShapeDtypeStruct((), int)}
+    state = {
+        "w": jax.ShapeDtypeStruct((8, 500), jnp.bfloat16),
+        "n": jax.ShapeDtypeStruct((), jnp.int32),
+    }
     tokens = jax.ShapeDtypeStruct((4, 100), jnp.int32)
     scale = jax.ShapeDtypeStruct((), jnp.float32)
     program = jax.jit(step, donate_argnums=0).lower(state, tokens, scale=scale).compile()

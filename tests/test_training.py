@@ -398,3 +398,22 @@ def test_nothing_to_evaluate_is_an_error(batches):
 
     with pytest.raises(ValueError, match="nothing to evaluate"):
         trainer.evaluate(model_of(DENSE), objective, batches)
+
+
+def test_moments_may_be_kept_in_fewer_bits():
+    """They are bfloat16 between steps, the update is float32's within their rounding."""
+    params = {"w": jnp.linspace(-1, 1, 40).reshape(8, 5)}
+    gradients = jax.tree.map(jnp.sin, params)
+    schedule = optimizers.warmup_cosine(1e-2, steps=10, warmup=0)
+    moved = {}
+    for kind in ("float32", "bfloat16"):
+        optimizer = optimizers.adamw(schedule, moments=kind)
+        state, now = optimizer.init(params), params
+        for _ in range(4):
+            updates, state = optimizer.update(gradients, state, now)
+            now = optax.apply_updates(now, updates)
+        assert optax.tree.get(state, "nu")["w"].dtype == jnp.dtype(kind)
+        assert now["w"].dtype == jnp.float32
+        moved[kind] = now["w"] - params["w"]
+    assert not np.array_equal(moved["float32"], moved["bfloat16"])
+    np.testing.assert_allclose(moved["bfloat16"], moved["float32"], rtol=0.02, atol=1e-5)

@@ -359,6 +359,10 @@ def _hbm_bytes(module: Module, where: Computation, what: Instruction) -> float:
     if what.opcode in _FREE or (opcode == "custom-call" and not what.operands):
         return 0.0
     if opcode in _PARTS:
+        if what.opcode != opcode:
+            # A start has source and destination in its type, and may bring a part to VMEM.
+            part = shapes(what.type)[1]
+            return part.bytes + _in_hbm((part,))
         return 2 * _in_hbm(shapes(what.type)[:1])
     if opcode in _UPDATES:
         return 2 * _operand_bytes(where, what.operands[_UPDATES[opcode]], hbm=True)

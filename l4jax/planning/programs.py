@@ -66,6 +66,9 @@ def program(
         mesh: of devices that may belong to nobody here.
     """
     rules = sharding.TRAINING if task in ("train", "sft") else sharding.SERVING
+    if task == "decode":
+        # A loop over layers would copy each one's experts for the kernels, at every step.
+        execution = dataclasses.replace(execution, scan=False)
     with sharding.use(mesh, rules):
         model = nnx.eval_shape(lambda: Llama(config, execution=execution, rngs=nnx.Rngs(0)))
         if task in ("train", "sft"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -26,12 +27,33 @@ def adamw(
     b2: float = 0.95,
     weight_decay: float = 0.1,
     clip_norm: float = 1.0,
+    moments: str = "float32",
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) after clipping by global norm; norm scales do not decay."""
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=_decays),
-    )
+    """AdamW (Loshchilov & Hutter 2019) after clipping by global norm; norm scales do not decay.
+
+    `moments` is the type that both moments are kept in between steps; the arithmetic is float32.
+    """
+    update = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=_decays)
+    if moments != "float32":
+        update = stored_as(update, moments)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), update)
+
+
+def stored_as(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """`inner`, whose floating-point state is kept in `dtype` and is float32 while it works."""
+
+    def cast(state: Any, kind: str) -> Any:
+        def one(x: Any) -> Any:
+            floating = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+            return x.astype(kind) if floating else x
+
+        return jax.tree.map(one, state)
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(gradients, cast(state, "float32"), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
 
 
 def _decays(params: Any) -> Any:
