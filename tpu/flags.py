@@ -1,10 +1,13 @@
 """XLA flags for each TPU generation, every one with its reason and its source.
 
-The table is short on purpose. Asynchronous all-gathers fused with compute (v5e, v5p, v6e) and
-collectives on the SparseCores (TPU7x) are defaults: a small sharded training step, compiled with
-and without their flags, had the same numbers of collectives and fusions and the same temporaries on
-all four (libtpu 0.0.42.1, 2026-11). A flag that the installed libtpu doesn't know ends the process,
-so every one added is one more to keep alive.
+The table is short on purpose. The training step asks for the first four by itself
+(`trainer.TPU_OPTIONS`), so that `l4jax plan` compiles what will run; in the environment they reach
+every other program too. More scratch memory (`xla_tpu_scoped_vmem_limit_kib`) is not asked for: our
+kernels are cut for the default, and temporaries grew with it. Asynchronous all-gathers fused with
+compute (v5e, v5p, v6e) and collectives on the SparseCores (TPU7x) are defaults: a small sharded
+training step, compiled with and without their flags, had the same numbers of collectives and
+fusions and the same temporaries on all four (libtpu 0.0.42.1, 2026-11). A flag that the installed
+libtpu doesn't know ends the process, so every one added is one more to keep alive.
 """
 
 from __future__ import annotations
@@ -16,6 +19,12 @@ from l4jax.planning import chips
 _XLA = "https://openxla.org/xla/flags_guidance"
 _MAXTEXT = "https://github.com/AI-Hypercomputer/maxtext/blob/main"
 _EVERY = tuple(chips.GENERATIONS)
+_SCATTER = "One of three that let gradients lie so that their sums become reduce-scatters."
+_LAYOUT = f"{_MAXTEXT}/benchmarks/xla_flags_library.py (LAYOUT_FOR_ALL_REDUCE_SCATTER)"
+_HALVED = (
+    "all three, four layers of Scout's training step on v5p:4x4x4: gradients' sums from 18.1 GB "
+    "sent by all-reduces to 4.8 GB, nearly all by reduce-scatters"
+)
 
 
 class Flag(NamedTuple):
@@ -34,22 +43,28 @@ class Flag(NamedTuple):
 
 FLAGS = (
     Flag(
-        name="xla_tpu_scoped_vmem_limit_kib",
-        value="81920",
-        generations=("v5p", "v6e"),
-        purpose="Scratch memory for one operation, 16384 by default: room for the larger blocks "
-        "of attention and grouped matrix products.",
-        source=f"{_MAXTEXT}/benchmarks/maxtext_v5p_model_configs.py (Llama 4), "
-        f"{_MAXTEXT}/benchmarks/maxtext_trillium_model_configs.py (Mixtral); {_XLA}",
-        effect="temporaries of a small sharded training step: v5p 235 → 248 MB, v6e 151 → 227 MB",
+        name="xla_tpu_use_minor_sharding_for_major_trivial_input",
+        value="true",
+        generations=_EVERY,
+        purpose=_SCATTER,
+        source=_LAYOUT,
+        effect=_HALVED,
     ),
     Flag(
-        name="xla_tpu_scoped_vmem_limit_kib",
-        value="65536",
-        generations=("tpu7x",),
-        purpose="As above; a TensorCore of TPU7x has 64 MiB.",
-        source=f"{_MAXTEXT}/docs/guides/optimization/benchmark_and_performance.md (DeepSeek-V3)",
-        effect="temporaries of a small sharded training step: 244 → 248 MB",
+        name="xla_tpu_relayout_group_size_threshold_for_reduce_scatter",
+        value="1",
+        generations=_EVERY,
+        purpose=_SCATTER,
+        source=_LAYOUT,
+        effect=_HALVED,
+    ),
+    Flag(
+        name="xla_tpu_assign_all_reduce_scatter_layout",
+        value="true",
+        generations=_EVERY,
+        purpose=_SCATTER,
+        source=_LAYOUT,
+        effect=_HALVED,
     ),
     Flag(
         name="xla_tpu_enable_async_all_to_all",

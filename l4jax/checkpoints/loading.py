@@ -49,7 +49,7 @@ def build(source: Source, *, dtype: str | None, execution: Execution | None) -> 
         first = next(iter(by_index.values()))
         if dtype is None and first + SCALE in source.arrays:
             scales = {index: name + SCALE for index, name in by_index.items()}
-            beside = sharding.of_scale(place, arrays.outline(scales))
+            beside = sharding.of_scale(place, param.shape, arrays.outline(scales))
             return param.replace(
                 Quantized(arrays.placed(by_index, place), arrays.placed(scales, beside))
             )

@@ -100,7 +100,9 @@ def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | N
             leaf = {
                 VALUES: _abstract(saved.values, saved.values.dtype, place),
                 SCALES: _abstract(
-                    saved.scale, saved.scale.dtype, sharding.of_scale(place, saved.scale)
+                    saved.scale,
+                    saved.scale.dtype,
+                    sharding.of_scale(place, saved.shape, saved.scale),
                 ),
             }
         else:

@@ -263,7 +263,9 @@ class Llama(nnx.Module):
         rows, _ = sharding.token_axes(ids.shape[0])
         # Tokens that follow a cache meet it where it lies, so they are not cut.
         follows = added is not None and not added.fresh
-        cut = None if follows else split(self.config, ids.shape[1])
+        # Capacity is for the first tokens of a row, so its shards must lie in their order.
+        in_order = self.execution.capacity is not None
+        cut = None if follows else split(self.config, ids.shape[1], in_order=in_order)
         if cut is not None and cut.balanced:
             order = cut.rows.reshape(-1)
             ids, positions, where = jax.tree.map(lambda x: x[:, order], (ids, positions, where))

@@ -74,10 +74,10 @@ class Split:
         return jnp.concatenate([even, uneven], axis=1)
 
 
-def split(config: TextConfig, length: int) -> Split | None:
+def split(config: TextConfig, length: int, *, in_order: bool = False) -> Split | None:
     """How a sequence of this length lies over the context axis; None if it is not cut.
 
-    Outside of `per_shard`: the mesh alone decides.
+    Outside of `per_shard`: the mesh alone decides. With `in_order`, shards are contiguous.
     """
     _, context = sharding.token_axes(1, length)
     if not context:
@@ -87,7 +87,7 @@ def split(config: TextConfig, length: int) -> Split | None:
     halves = length % (2 * shards) == 0
     fits = chunk is None or length // (2 * shards) % chunk == 0 or length // shards % chunk != 0
     far = _has(config, "global") or _has(config, "causal")
-    return Split(shards, length, balanced=halves and fits and far)
+    return Split(shards, length, balanced=halves and fits and far and not in_order)
 
 
 def _has(config: TextConfig, kind: str) -> bool:

@@ -73,13 +73,17 @@ def parse(text: str) -> dict[str, int]:
         ValueError: it is not written like that, or an axis is unknown.
     """
     sizes = dict.fromkeys(sharding.AXES, 1)
+    given: set[str] = set()
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in sizes or not size.isdecimal() or int(size) < 1:
+        if axis not in sizes or not (size.isascii() and size.isdecimal()) or int(size) < 1:
             raise ValueError(
                 f"mesh {text!r}: write axes and sizes such as fsdp=4,expert=16; "
                 f"the axes are {', '.join(sharding.AXES)}"
             )
+        if axis in given:
+            raise ValueError(f"mesh {text!r} gives {axis} twice")
+        given.add(axis)
         sizes[axis] = int(size)
     return sizes
 
@@ -110,6 +114,8 @@ def _problem(config: TextConfig, topology: Topology, work: Work, sizes: Sizes) -
     if devices != topology.devices:
         slices = f" × {topology.slices} slices" if topology.slices > 1 else ""
         return f"has {devices} devices, but {topology.name}{slices} has {topology.devices}"
+    if sizes["expert"] > 1 and not any(layer.ffn == "moe" for layer in config.layers):
+        return "a dense model has no experts to split; fsdp does the same for it"
     if sizes["data"] % topology.slices:
         return f"data={sizes['data']} must be a multiple of the {topology.slices} slices it crosses"
     try:
@@ -129,20 +135,22 @@ def candidates(config: TextConfig, topology: Topology, work: Work) -> list[dict[
     found = []
     for sizes in _factorings(topology.devices):
         mesh = dict(zip(sharding.AXES, sizes, strict=True))
-        if mesh["expert"] > 1 and not any(layer.ffn == "moe" for layer in config.layers):
-            continue
         if _problem(config, topology, work, mesh) is None:
             found.append(mesh)
     return found
 
 
-def rank(config: TextConfig, topology: Topology, work: Work) -> list[tuple[dict[str, int], Remat]]:
-    """Meshes and what they keep for the backward pass, by the estimate, best first.
+def rank(
+    config: TextConfig, topology: Topology, work: Work, remat: Remat | None = None
+) -> list[tuple[dict[str, int], Remat]]:
+    """Meshes and what they keep for the backward pass (or `remat`), by the estimate, best first.
 
     The first one is what `l4jax plan` takes when nobody says: of what should fit, the fastest; if
     nothing does, the smallest.
     """
     kept: tuple[Remat, ...] = ("dots", "attention", "full") if work.trains else ("none",)
+    if remat is not None:
+        kept = (remat,)
     options = list(itertools.product(candidates(config, topology, work), kept))
 
     def merit(option: tuple[dict[str, int], Remat]) -> tuple[bool, float, float, int]:

@@ -47,8 +47,8 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("batch", "length", "price"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} {value} must be greater than 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} {value} must be greater than 0, and finite")
         limit = self.config.max_context
         if self.length is not None and self.length > limit:
             raise ValueError(f"{self.length} tokens are more than the model's {limit}")
@@ -73,7 +73,7 @@ class Request:
         Raises:
             ValueError: the mesh is not one of the slice, or no mesh divides the model and batch.
         """
-        ranked = meshes.rank(self.config, self.topology, self.work)
+        ranked = meshes.rank(self.config, self.topology, self.work, self.remat)
         if self.mesh is not None:
             meshes.check(self.config, self.topology, self.work, self.mesh)
             ranked = [option for option in ranked if option[0] == dict(self.mesh)]
@@ -83,8 +83,7 @@ class Request:
                 f"{self.work.batch} × {self.work.length} tokens; try a batch that is a multiple of "
                 f"{self.topology.devices}"
             )
-        mesh, remat = ranked[0]
-        return mesh, self.remat or remat
+        return ranked[0]
 
 
 def plan(request: Request, *, out: pathlib.Path | None = None) -> dict[str, Any]:
@@ -177,7 +176,9 @@ def _memory(request: Request, program: Any, found: compiler.Compiled) -> dict[st
 
 def _too_large(request: Request, program: Any, found: compiler.TooLarge) -> dict[str, float]:
     capacity = request.topology.generation.hbm_gib
-    return {name: size / GIB for name, size in program.bytes().items()} | {
+    parts = {name: size / GIB for name, size in program.bytes().items()}
+    return parts | {
+        "temporaries": max(0.0, found.needed_gib - sum(parts.values())),
         "total": found.needed_gib,
         "capacity": capacity,
         "missing": found.needed_gib - capacity,
@@ -344,11 +345,9 @@ def search(
     Which are promising the estimate says; the order is that of the compiled programs' least times,
     and what does not fit comes last.
     """
-    ranked = meshes.rank(request.config, request.topology, request.work)
+    ranked = meshes.rank(request.config, request.topology, request.work, request.remat)
     if request.mesh is not None:
         ranked = [option for option in ranked if option[0] == dict(request.mesh)]
-    if request.remat is not None:
-        ranked = [option for option in ranked if option[1] == request.remat]
     if not ranked:
         request.layout()
     found = []

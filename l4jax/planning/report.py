@@ -89,6 +89,8 @@ def make(
     if kind != "measure":
         compiler.leave_tpu_alone()
     if out is not None:
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out} is a file; --out needs a folder")
         out.mkdir(parents=True, exist_ok=True)
     name = f"{request.preset} for {request.topology.name}"
     with console.status(f"Compiling {name}") as status:
