@@ -7,9 +7,6 @@ A section is validated when it is made and never changed afterwards; variants ar
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 AttentionKind = Literal["chunked", "causal", "global"]
@@ -247,27 +244,3 @@ class Execution:
     def for_parameters(cls, dtype: Any) -> Execution:
         """Computes in the parameters' type, if it is one to compute in, else in float32."""
         return cls(dtype="bfloat16" if str(dtype) == "bfloat16" else "float32")
-
-
-def from_json(kind: Any, value: Any) -> Any:
-    """The section that `dataclasses.asdict` turned into `value`, perhaps by way of JSON.
-
-    Raises:
-        ValueError: a field is unknown or missing, or its value is not allowed.
-    """
-    if isinstance(kind, types.UnionType):
-        return None if value is None else from_json(get_args(kind)[0], value)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{kind.__name__} {value!r} must be an object with fields")
-        hints = typing.get_type_hints(kind)
-        unknown = set(value) - set(hints)
-        if unknown:
-            raise ValueError(f"{kind.__name__} has no field {sorted(unknown)[0]!r}")
-        try:
-            return kind(**{name: from_json(hints[name], x) for name, x in value.items()})
-        except TypeError as error:
-            raise ValueError(f"{kind.__name__}: {error}") from None
-    if kind == tuple[Layer, ...]:
-        return tuple(Layer(*layer) for layer in value)
-    return value

@@ -73,8 +73,8 @@ def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
     for axis, n in sizes.items():
         if axis not in AXES:
             raise ValueError(f"mesh axis {axis!r} is unknown; the axes are {', '.join(AXES)}")
-        if n < 1:
-            raise ValueError(f"mesh axis {axis}={n} must be at least 1")
+        if type(n) is not int or n < 1:
+            raise ValueError(f"mesh axis {axis}={n!r} must be at least 1, and whole")
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     devices = jax.devices() if devices is None else list(devices)
     if math.prod(shape) > len(devices):

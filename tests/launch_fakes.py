@@ -1,13 +1,18 @@
-"""A tool that pretends to be gcloud and kubectl, and a folder where it does."""
+"""A tool that pretends to be gcloud and kubectl, a folder where it does, and what they tell."""
 
 import json
 import pathlib
+import re
+import sys
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 from tpu import launch
 
+RECIPE = ("benchmarks.training_step", "--out", "gs://bucket/run")
+GKE = ("gke", "--name", "scout", "--image", "docker.pkg.dev/p/l4jax:1")
 TOOL = r'''
 """Records its arguments, and answers with what $FAKE_WORLD/answers.json holds for their words.
 
@@ -57,6 +62,17 @@ for words, outputs in answers.items():
 '''
 
 
+PYTHON = """\
+#!/bin/bash
+# Stands for every Python of a host: installs nothing, and plays the recipe.
+if [ "$2" = uv ] && [ "$3" = venv ]; then mkdir -p .venv/bin; cp "$0" .venv/bin/python; fi
+if [[ "$2" != experiments.* ]]; then exit 0; fi
+echo "token $HF_TOKEN, arguments ${*:3}"
+echo "$@" >> recipe-calls
+exit "$(sed -n "$(wc -l < recipe-calls)p" "$FAKE_WORLD/exits")"
+"""
+
+
 class World(NamedTuple):
     """A folder with pretended tools; `answers` is what they say, by words of the command."""
 
@@ -87,3 +103,73 @@ class World(NamedTuple):
     def said(self, *words: str) -> list[list[str]]:
         """The calls that have all these words."""
         return [call for call in self.calls if set(words) <= set(call)]
+
+
+def pretend(tools: pathlib.Path) -> None:
+    """Makes a folder with the pretended tools."""
+    tools.mkdir()
+    for name in ("gcloud", "kubectl"):
+        (tools / name).write_text(f"#!{sys.executable} -IS\n{TOOL}")
+        (tools / name).chmod(0o755)
+
+
+def states(world: World, *names: str, **options) -> None:
+    world.answer("describe", *(resource(name, **options) if name else "" for name in names))
+
+
+def resource(state: str, kind: str = "v5p-128", slices: int = 1) -> str:
+    """What gcloud tells of a queued resource."""
+    node = {"node": {"acceleratorType": kind}}
+    many = {"multisliceParams": {"nodeCount": slices}} if slices > 1 else {}
+    return json.dumps({"state": {"state": state}, "tpu": {"nodeSpec": [node | many]}})
+
+
+def pool(name: str, machine: str = "ct5p-hightpu-4t", topology: str | None = "4x4x4") -> dict:
+    placement = {"placementPolicy": {"tpuTopology": topology}} if topology else {}
+    return {"name": name, "config": {"machineType": machine}} | placement
+
+
+def hosts(world: World, *exits: int) -> None:
+    """Hosts whose recipe ends with these statuses, one after another."""
+    world.answer("ssh", "(run)")
+    world.answer("secrets versions access", "s3cret")
+    (world.path / "exits").write_text("".join(f"{status}\n" for status in exits))
+    python = world.path / "bin" / "python3"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+
+
+def attempts(world: World) -> list[str]:
+    files = sorted((world.path / "hosts").rglob("recipe-calls"))
+    assert [f.parts[-3] for f in files] == ["scout-0", "scout-1"]
+    texts = {f.read_text() for f in files}
+    assert len(texts) == 1
+    return texts.pop().splitlines()
+
+
+def container(manifest: dict) -> dict:
+    return pod(manifest)["containers"][0]
+
+
+def pod(manifest: dict) -> dict:
+    return job(manifest)["template"]["spec"]
+
+
+def job(manifest: dict) -> dict:
+    return manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+
+
+def expanded(text: str, variables: dict[str, str]) -> str:
+    """What Kubernetes makes of a command or a value: $(NAME) is replaced, $$ is a dollar."""
+    return re.sub(
+        r"\$\$|\$\((\w+)\)",
+        lambda m: "$" if m[0] == "$$" else variables.get(m[1], m[0]),
+        text,
+    )
+
+
+def run_gke(world: World, *options: str, recipe: tuple[str, ...] = RECIPE) -> dict:
+    """Runs, and returns the JobSet."""
+    status, _, err = world.call("run", *GKE, *options, recipe=recipe)
+    assert status == 0, err
+    return yaml.safe_load((world.path / "runs/tpu/scout/jobset.yaml").read_text())

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from l4jax import presets
+from l4jax.checkpoints.orbax import from_json
 from l4jax.config import (
     Attention,
     Execution,
@@ -15,7 +16,6 @@ from l4jax.config import (
     RopeScaling,
     Temperature,
     TextConfig,
-    from_json,
 )
 
 GOOD = presets.tiny(presets.llama4_scout())

@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from l4jax import checkpoints, cli, demo, presets, roofline
-from l4jax.config import TextConfig, from_json
+from l4jax.checkpoints.orbax import from_json
+from l4jax.config import TextConfig
 from l4jax.data import corpus, tokenizer
 
 STEPS = 3

@@ -8,7 +8,8 @@ from conftest import build
 from rich.console import Console
 
 from l4jax import checkpoints, info, presets, roofline
-from l4jax.config import TextConfig, from_json
+from l4jax.checkpoints.orbax import from_json
+from l4jax.config import TextConfig
 
 NAMES = [name for base in presets.PRESETS for name in (base, f"tiny-{base}")]
 

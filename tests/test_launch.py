@@ -3,22 +3,35 @@
 import json
 import os
 import pathlib
-import re
+import shlex
 import subprocess
 import sys
 
 import jsonschema
 import pytest
 import yaml
-from launch_fakes import TOOL, World
+from launch_fakes import (
+    GKE,
+    RECIPE,
+    World,
+    attempts,
+    container,
+    expanded,
+    hosts,
+    job,
+    pod,
+    pool,
+    pretend,
+    resource,
+    run_gke,
+    states,
+)
 from launch_schema import JOBSET
 
 from l4jax.planning import chips
 from tpu import flags, queued
 
 ROOT = pathlib.Path(__file__).parent.parent
-RECIPE = ("benchmarks.training_step", "--out", "gs://bucket/run")
-GKE = ("gke", "--name", "scout", "--image", "docker.pkg.dev/p/l4jax:1")
 CLUSTER = ("--cluster", "pods", "--location", "us-east5", "--zone", "us-east5-a")
 PROJECT = ("--project", "some-project")
 VMS = ("queued", "--name", "scout", *PROJECT, "--zone", "us-east5-a")
@@ -26,51 +39,12 @@ VMS = ("queued", "--name", "scout", *PROJECT, "--zone", "us-east5-a")
 
 @pytest.fixture
 def world(tmp_path, monkeypatch, capfd):
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name in ("gcloud", "kubectl"):
-        (tools / name).write_text(f"#!{sys.executable} -IS\n{TOOL}")
-        (tools / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    pretend(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_WORLD", str(tmp_path))
     monkeypatch.setattr(queued, "_SECONDS", 0.0)
     monkeypatch.chdir(tmp_path)
     return World(tmp_path, capfd)
-
-
-def run_gke(world: World, *options: str, recipe: tuple[str, ...] = RECIPE) -> dict:
-    """Runs, and returns the JobSet."""
-    status, _, err = world.call("run", *GKE, *options, recipe=recipe)
-    assert status == 0, err
-    return yaml.safe_load((world.path / "runs/tpu/scout/jobset.yaml").read_text())
-
-
-def container(manifest: dict) -> dict:
-    return pod(manifest)["containers"][0]
-
-
-def pod(manifest: dict) -> dict:
-    return job(manifest)["template"]["spec"]
-
-
-def job(manifest: dict) -> dict:
-    return manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
-
-
-def expanded(text: str, variables: dict[str, str]) -> str:
-    """What Kubernetes makes of a command or a value: $(NAME) is replaced, $$ is a dollar."""
-    return re.sub(
-        r"\$\$|\$\((\w+)\)",
-        lambda m: "$" if m[0] == "$$" else variables.get(m[1], m[0]),
-        text,
-    )
-
-
-def resource(state: str, kind: str = "v5p-128", slices: int = 1) -> str:
-    """What gcloud tells of a queued resource."""
-    node = {"node": {"acceleratorType": kind}}
-    many = {"multisliceParams": {"nodeCount": slices}} if slices > 1 else {}
-    return json.dumps({"state": {"state": state}, "tpu": {"nodeSpec": [node | many]}})
 
 
 # --- Dry runs ------------------------------------------------------------------------------------
@@ -98,7 +72,7 @@ def test_a_dry_run_prints_everything_and_does_nothing(world, golden, name, argum
 
 @pytest.mark.parametrize("backend", [(*GKE, *PROJECT, *CLUSTER), VMS])
 def test_what_a_dry_run_prints_is_what_a_run_does(world, backend):
-    nasty = 'it\'s $(touch pwned) `touch pwned` "x"; touch pwned'
+    nasty = 'it\'s $(touch pwned) `touch pwned` {command} "x"\nEND_OF_FILE\ntouch pwned'
     arguments = (*backend, "--topology", "v5p:2x2x2", "--env", f"NOTE={nasty}")
     world.answer("describe", "", resource("ACTIVE", "v5p-16"))
     world.answer("node-pools list", "[]")
@@ -114,6 +88,8 @@ def test_what_a_dry_run_prints_is_what_a_run_does(world, backend):
     assert len(written) == 2
     assert written == {f: f.read_bytes() for f in written}
     assert list(world.path.rglob("pwned")) == []
+    for file in world.path.rglob("start.sh"):
+        assert f"export NOTE={shlex.quote(nasty)}\n" in file.read_text()
 
 
 # --- Manifests -----------------------------------------------------------------------------------
@@ -195,11 +171,6 @@ def test_failures_restart_from_a_limited_supply_and_preemptions_for_free(world):
 
 
 # --- GKE -----------------------------------------------------------------------------------------
-def pool(name: str, machine: str = "ct5p-hightpu-4t", topology: str | None = "4x4x4") -> dict:
-    placement = {"placementPolicy": {"tpuTopology": topology}} if topology else {}
-    return {"name": name, "config": {"machineType": machine}} | placement
-
-
 def test_create_makes_only_the_node_pools_that_are_missing(world):
     others = [pool("a", "ct6e-standard-4t"), pool("b", topology="2x2x2"), pool("scout-0", "n2")]
     world.answer("node-pools list", json.dumps([*others, pool("mine")]))
@@ -222,14 +193,45 @@ def test_tpu7x_slices_get_their_shape_from_a_policy(world):
 
 
 def test_a_run_is_not_replaced_before_it_ended(world):
+    run_gke(world, "--topology", "v5p:4x4x4")
     world.answer("get jobset", json.dumps({"status": {}}))
-    status, _, err = world.call("run", *GKE, "--topology", "v5p:4x4x4", recipe=RECIPE)
-    assert (status, "still going" in err, world.said("apply")) == (1, True, [])
+    other = ("benchmarks.decode", "--out", "gs://bucket/other")
+    for verb in ("run", "create"):
+        known = {f: f.read_bytes() for f in world.path.glob("runs/tpu/scout/*")}
+        options = (*GKE, "--topology", "v5p:2x2x2")
+        status, _, err = world.call(verb, *options, recipe=other if verb == "run" else ())
+        assert (status, "still going" in err, len(world.said("apply"))) == (1, True, 1)
+        assert known == {f: f.read_bytes() for f in known}
     world.answer("get jobset", json.dumps({"status": {"terminalState": "Failed"}}))
     assert world.call("resume", "scout")[0] == 0
-    assert [call[2] for call in world.calls if "get" not in call] == ["delete", "apply"]
+    assert [call[2] for call in world.calls if "get" not in call] == ["apply", "delete", "apply"]
     manifest = yaml.safe_load((world.path / "runs/tpu/scout/jobset.yaml").read_text())
-    assert container(manifest)["args"][-1] == "--resume"
+    assert container(manifest)["args"] == [f"experiments.{RECIPE[0]}", *RECIPE[1:], "--resume"]
+
+
+def test_no_node_pool_is_made_for_a_run_that_is_refused(world):
+    world.answer("get jobset", json.dumps({"status": {}}))
+    options = (*GKE, *PROJECT, *CLUSTER, "--topology", "v5p:4x4x4")
+    assert world.call("run", *options, recipe=RECIPE)[0] == 1
+    assert world.said("node-pools", "create") == []
+    assert not (world.path / "runs").exists()
+
+
+def test_a_name_stays_where_it_is(world):
+    run_gke(world, "--topology", "v5p:4x4x4", *PROJECT, *CLUSTER)
+    for target in (VMS, GKE):
+        status, _, err = world.call("run", *target, "--topology", "v5p:4x4x4", recipe=RECIPE)
+        assert (status, err.count("\n")) == (2, 1)
+        assert "run scout is in namespace default of cluster pods in us-east5" in err
+
+
+def test_create_keeps_the_recipe(world):
+    run_gke(world, "--topology", "v5p:4x4x4")
+    assert world.call("create", *GKE, "--topology", "v5p:2x2x2")[0] == 0
+    assert world.call("resume", "scout")[0] == 0
+    manifest = yaml.safe_load((world.path / "runs/tpu/scout/jobset.yaml").read_text())
+    assert container(manifest)["args"][:3] == [f"experiments.{RECIPE[0]}", *RECIPE[1:]]
+    assert pod(manifest)["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x2x2"
 
 
 def test_the_other_verbs_know_the_run_by_its_name(world):
@@ -247,10 +249,6 @@ def test_the_other_verbs_know_the_run_by_its_name(world):
 
 
 # --- TPU VMs -------------------------------------------------------------------------------------
-def states(world: World, *names: str, **options) -> None:
-    world.answer("describe", *(resource(name, **options) if name else "" for name in names))
-
-
 def test_create_waits_for_what_is_queued_and_asks_again_for_what_was_lost(world):
     create = ("create", *VMS, "--topology", "v5p:4x4x4")
     states(world, "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
@@ -269,35 +267,6 @@ def test_create_refuses_capacity_of_another_shape(world):
     status, _, err = world.call("create", *VMS, "--topology", "v5p:4x4x4")
     assert status == 1
     assert "exists with 2 × v5p-64, not 1 × v5p-128" in err
-
-
-PYTHON = """\
-#!/bin/bash
-# Stands for every Python of a host: installs nothing, and plays the recipe.
-if [ "$2" = uv ] && [ "$3" = venv ]; then mkdir -p .venv/bin; cp "$0" .venv/bin/python; fi
-if [[ "$2" != experiments.* ]]; then exit 0; fi
-echo "token $HF_TOKEN, arguments ${*:3}"
-echo "$@" >> recipe-calls
-exit "$(sed -n "$(wc -l < recipe-calls)p" "$FAKE_WORLD/exits")"
-"""
-
-
-def hosts(world: World, *exits: int) -> None:
-    """Hosts whose recipe ends with these statuses, one after another."""
-    world.answer("ssh", "(run)")
-    world.answer("secrets versions access", "s3cret")
-    (world.path / "exits").write_text("".join(f"{status}\n" for status in exits))
-    python = world.path / "bin" / "python3"
-    python.write_text(PYTHON)
-    python.chmod(0o755)
-
-
-def attempts(world: World) -> list[str]:
-    files = sorted((world.path / "hosts").rglob("recipe-calls"))
-    assert [f.parts[-3] for f in files] == ["scout-0", "scout-1"]
-    texts = {f.read_text() for f in files}
-    assert len(texts) == 1
-    return texts.pop().splitlines()
 
 
 RUN = ("run", *VMS, "--topology", "v5e:4x4", "--secret-env", "HF_TOKEN=hub:3")
@@ -325,6 +294,14 @@ def test_a_run_that_was_preempted_is_installed_on_new_capacity(world):
     assert len(world.said("queued-resources", "create")) == 1
     assert len(world.said("scp")) == 2
     assert len(attempts(world)) == 2
+
+
+def test_a_run_on_vms_that_still_goes_is_not_replaced(world):
+    states(world, "ACTIVE", kind="v5litepod-16")
+    world.answer("ssh", "alive")
+    status, _, err = world.call(*RUN, recipe=RECIPE)
+    assert (status, "still going" in err, world.said("scp")) == (1, True, [])
+    assert not (world.path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -397,6 +374,7 @@ def test_the_installed_libtpu_knows_every_flag():
         ("--topology v5p:4x4x4 --runtime a;b", "runtime 'a;b' has characters"),
         ("--topology v5p:4x4x4 --max-restarts -1", "max_restarts -1 must not be negative"),
         ("--topology v5p:4x4x4 --env HF_TOKEN=hf_x", "HF_TOKEN looks like a secret"),
+        ("--topology v5p:4x4x4 --env PRIVATE_KEY=x", "PRIVATE_KEY looks like a secret"),
         ("--topology v5p:4x4x4 --env 1=2", "env name '1' must be letters"),
         ("--topology v5p:4x4x4 --env A", "env 'A' must have the form NAME=VALUE"),
         ("--topology v5p:4x4x4 --env A=1 --env A=2", "env A is given twice"),
@@ -415,6 +393,10 @@ def test_bad_options_get_one_line_and_status_2(world, arguments, message):
     ("arguments", "message"),
     [
         (["--image", "a b"], "image 'a b' must be a container image"),
+        (["--image", "REPO/l4jax:1"], "in lower case up to the tag"),
+        (["--env", "RESTART_ATTEMPT=0"], "RESTART_ATTEMPT is set by JobSet"),
+        (["--secret-env", "hf_123"], "secret_env must have the form NAME=KUBERNETES_SECRET:KEY"),
+        (["--secret-env", "hf_123=="], "secret_env must have the form NAME=KUBERNETES_SECRET:KEY"),
         (["--namespace", "A"], "namespace 'A' must be 1 to 63 small letters"),
         (["--zone", "us-east5-a"], "only go with --cluster"),
         (["--cluster", "c"], "--cluster also needs --project and --location"),
@@ -440,7 +422,11 @@ def test_bad_gke_options_get_one_line_and_status_2(world, arguments, message):
         ((), "say what to run after `--`"),
         (("nothing", "--out", "x"), "no recipe 'nothing' in experiments/; there are benchmarks."),
         (("../l4jax/cli", "--out", "x"), "no recipe '../l4jax/cli'"),
-        (("benchmarks.training_step",), "give the recipe an --out that every host can reach"),
+        (("benchmarks.__init__", "--out", "gs://b/x"), "no recipe 'benchmarks.__init__'"),
+        *(
+            (("benchmarks.training_step", *out), "give the recipe an --out that every host can")
+            for out in ((), ("--out",), ("--out=",), ("--out", "runs/local"), ("--out", "--x"))
+        ),
     ],
 )
 def test_a_recipe_that_cannot_run_is_refused_before_anything_is_paid_for(world, recipe, message):
@@ -453,6 +439,42 @@ def test_an_unknown_run_lists_the_known_ones(world):
     assert "there are: scout" in world.call("status", "other")[2]
     assert world.call("logs", "scout", "--worker", "16")[0] == 2
     assert world.call("status", "scout", recipe=RECIPE)[0] == 2
+
+
+def test_variables_that_only_resemble_a_secret_are_accepted(world):
+    options = ("--env", "TOKENIZERS_PARALLELISM=false", "--image", "host:5000/a/b:V1")
+    manifest = run_gke(world, "--topology", "v5p:4x4x4", *options)
+    assert {"name": "TOKENIZERS_PARALLELISM", "value": "false"} in container(manifest)["env"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"job": []}, "job must be an object"),
+        ({"recipe": "text"}, "recipe a list of texts"),
+        ({"backend": ["gke"]}, "must be gke or queued"),
+        ({"topology": 5}, "topology cannot be 5"),
+        ({"capacity": "free"}, "capacity cannot be 'free'"),
+        ({"env": "A=1"}, "env cannot be 'A=1'"),
+        ({"slices": 0}, "slices 0 must be at least 1"),
+        ({"typo": 1}, "typo"),
+        ({"name": "other"}, "it is of run 'other'"),
+        (None, "it has no backend, job and recipe"),
+    ],
+)
+def test_a_damaged_file_gets_one_line(world, change, message):
+    run_gke(world, "--topology", "v5p:4x4x4")
+    called = len(world.calls)
+    file = world.path / "runs/tpu/scout/launch.json"
+    values = json.loads(file.read_text())
+    if change is not None:
+        (values if change.keys() <= values.keys() else values["job"]).update(change)
+    file.write_text(json.dumps(values if change else [values]))
+    for verb in (("status", "scout"), ("create", *GKE, "--topology", "v5p:4x4x4")):
+        status, _, err = world.call(*verb)
+        assert (status, err.count("\n"), len(world.calls)) == (2, 1, called)
+        assert "scout/launch.json is damaged: " in err
+        assert message in err
 
 
 def test_a_missing_tool_says_where_to_get_it(world, monkeypatch):

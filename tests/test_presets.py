@@ -94,7 +94,8 @@ def test_a_tiny_twin_has_its_models_structure_and_crosses_every_boundary(name):
 
 @pytest.mark.parametrize("name", sorted(presets.PRESETS))
 def test_a_configuration_survives_json(name):
-    from l4jax.config import TextConfig, from_json
+    from l4jax.checkpoints.orbax import from_json
+    from l4jax.config import TextConfig
 
     config = presets.get(name).make()
     assert from_json(TextConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
@@ -146,7 +147,8 @@ def test_impossible_values_are_refused_by_name(section, changes, message):
 
 @pytest.mark.parametrize("layer", [("sliding", "moe"), ("chunked", "sparse")])
 def test_unknown_layer_kinds_are_refused(layer):
-    from l4jax.config import TextConfig, from_json
+    from l4jax.checkpoints.orbax import from_json
+    from l4jax.config import TextConfig
 
     values = dataclasses.asdict(presets.get("llama4-scout").make()) | {"pattern": [layer]}
     with pytest.raises(ValueError, match="sliding|sparse"):
@@ -180,7 +182,8 @@ def test_impossible_rope_scaling_is_refused(values, message):
     ],
 )
 def test_json_that_is_no_configuration_is_refused(change, message):
-    from l4jax.config import TextConfig, from_json
+    from l4jax.checkpoints.orbax import from_json
+    from l4jax.config import TextConfig
 
     values = dataclasses.asdict(presets.get("llama4-scout").make())
     change(values)

@@ -11,17 +11,23 @@ import dataclasses
 import json
 import pathlib
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
-from tpu.job import LABEL, PROJECT, REGION, ZONE, Job, UsageError, check
-from tpu.shell import CommandError, Shell
+from tpu.job import LABEL, PROJECT, REGION, ZONE, Job, There, UsageError, check
+from tpu.shell import Shell
 
 _REPLICATED = "slice"
 _CONTAINER = "recipe"
 _PORTS = {"tpu": 8471, "tpu-metrics": 8431, "coordinator": 8482}
 """Of libtpu, its metrics, and what JAX uses as coordinator on TPUs."""
+_ATTEMPT = "RESTART_ATTEMPT"
+_IMAGE = (
+    r"[a-z0-9][a-z0-9._-]*(:\d+)?(/[a-z0-9][a-z0-9._-]*)*"
+    r"(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?"
+)
+"""Host and port, path, tag and digest: https://github.com/distribution/reference."""
 _START = """\
 # The first attempt begins anew, every later one at the last checkpoint.
 if [ "${RESTART_ATTEMPT:-0}" -gt 0 ]; then set -- "$@" --resume; fi
@@ -42,6 +48,9 @@ _FREE_RESTART = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gke(Job):
     """Google Kubernetes Engine, with JobSet installed in the cluster."""
+
+    secret_pattern: ClassVar[str] = r"([a-z0-9][-a-z0-9.]*):([-._A-Za-z0-9]+)"
+    secret_form: ClassVar[str] = "KUBERNETES_SECRET:KEY"
 
     image: str
     """Container image with this repository as its working directory."""
@@ -73,19 +82,18 @@ class Gke(Job):
         for option in ("namespace", "queue", "service_account", "cluster", "reservation"):
             if getattr(self, option) is not None:
                 check(option, getattr(self, option), LABEL)
-        if re.fullmatch(r"[a-z0-9][\w./:@-]*", self.image, re.ASCII) is None:
+        if re.fullmatch(_IMAGE, self.image, re.ASCII) is None:
             raise UsageError(
-                f"image {self.image!r} must be a container image such as REPO/IMAGE:TAG"
+                f"image {self.image!r} must be a container image such as "
+                "us-docker.pkg.dev/my-project/l4jax:1, in lower case up to the tag"
             )
+        if _ATTEMPT in self.variables.keys() | self.secrets.keys():
+            raise UsageError(f"{_ATTEMPT} is set by JobSet: restarts go by it")
         if self.slices > 1 and self.pod.hosts_per_slice == 1:
             raise UsageError(f"{self.topology} is one host: GKE joins slices of several hosts only")
         if (self.capacity == "reserved") != (self.reservation is not None):
             raise UsageError("--capacity reserved and --reservation NAME go together")
-        self._secret_keys()
         self._check_cluster()
-
-    def _secret_keys(self) -> dict[str, re.Match[str]]:
-        return self.secrets(r"([a-z0-9][-a-z0-9.]*):([-._A-Za-z0-9]+)", "KUBERNETES_SECRET:KEY")
 
     def _check_cluster(self) -> None:
         if self.cluster is None:
@@ -101,9 +109,23 @@ class Gke(Job):
             raise UsageError(f"{self.location} is a region: say the --zone of the chips in it")
         check("zone", self.zone or self.location, ZONE)
 
+    @property
+    def place(self) -> str:
+        """Where the run is; a name means another run elsewhere."""
+        if self.cluster is None:
+            return f"namespace {self.namespace} of kubectl's current cluster"
+        return (
+            f"namespace {self.namespace} of cluster {self.cluster} in {self.location}, "
+            f"project {self.project}"
+        )
+
     # --- Capacity ----------------------------------------------------------------------------
     def create(self, shell: Shell) -> None:
         """Makes the node pools that are missing: one for each slice."""
+        self._connect(shell)
+        self._create_pools(shell)
+
+    def _connect(self, shell: Shell) -> None:
         if self.cluster is None:
             shell.note("no --cluster given: using kubectl's current cluster as it is")
             return
@@ -111,6 +133,10 @@ class Gke(Job):
             *("gcloud", "container", "clusters", "get-credentials", self.cluster),
             *(f"--location={self.location}", f"--project={self.project}"),
         )
+
+    def _create_pools(self, shell: Shell) -> None:
+        if self.cluster is None:
+            return
         pools = json.loads(self._pools(shell) or "[]")
         fitting = [pool["name"] for pool in pools if self._fits(pool)]
         if fitting:
@@ -188,19 +214,40 @@ class Gke(Job):
         return argv
 
     # --- Runs --------------------------------------------------------------------------------
+    def look(self, shell: Shell) -> There:
+        """Connects to the cluster, and finds what there is of this name."""
+        self._connect(shell)
+        found = shell.ask(
+            *self._kubectl("get", "jobset", self.name, "--ignore-not-found", "--output=json")
+        )
+        if not found:
+            return There()
+        ended = json.loads(found).get("status", {}).get("terminalState")
+        return There(run="ended" if ended else "going")
+
     def run(
-        self, shell: Shell, folder: pathlib.Path, recipe: tuple[str, ...], resume: bool
+        self,
+        shell: Shell,
+        folder: pathlib.Path,
+        recipe: tuple[str, ...],
+        there: There,
+        resume: bool,
     ) -> None:
         """Starts the recipe on every host and returns; the cluster restarts it by itself.
+
+        Args:
+            shell: runs the commands.
+            folder: for the manifest.
+            recipe: module of `experiments` and its arguments.
+            there: what `look` found.
+            resume: whether to go on at the last checkpoint.
 
         Raises:
             CommandError: a run of this name is still going, or a command fails.
         """
-        self.create(shell)
-        there = self._kubectl("get", "jobset", self.name, "--ignore-not-found", "--output=json")
-        if found := shell.ask(*there):
-            if not json.loads(found).get("status", {}).get("terminalState"):
-                raise CommandError(f"run {self.name} is still going; follow its logs or delete it")
+        self.check_idle(there)
+        self._create_pools(shell)
+        if there.run == "ended":
             shell.run(*self._kubectl("delete", "jobset", self.name))
         file = folder / "jobset.yaml"
         shell.write(file, to_yaml(manifest(self, recipe, resume=resume)))
@@ -330,14 +377,14 @@ def _pod(job: Gke, recipe: tuple[str, ...], resume: bool) -> dict[str, Any]:
 def _environment(job: Gke) -> list[dict[str, Any]]:
     attempt = "metadata.labels['jobset.sigs.k8s.io/restart-attempt']"
     return [
-        {"name": "RESTART_ATTEMPT", "valueFrom": {"fieldRef": {"fieldPath": attempt}}},
+        {"name": _ATTEMPT, "valueFrom": {"fieldRef": {"fieldPath": attempt}}},
         *({"name": name, "value": _literal(value)} for name, value in job.environment.items()),
         *(
             {
                 "name": name,
                 "valueFrom": {"secretKeyRef": {"name": match[1], "key": match[2]}},
             }
-            for name, match in job._secret_keys().items()
+            for name, match in job.secrets.items()
         ),
     ]
 

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -53,8 +53,12 @@ class Create(Verb):
     """Where."""
 
     def act(self, shell: Shell, recipe: Recipe) -> None:
-        """Creates, and remembers how."""
-        _remember(shell, self.folder, self.target, ())
+        """Creates, and remembers how; the recipe that was run stays known."""
+        before, known = _before(self.folder, self.target)
+        if before is not None and before != self.target:
+            # The other verbs would take what is going for what is asked for now.
+            self.target.check_idle(self.target.look(shell))
+        _remember(shell, self.folder, self.target, known)
         self.target.create(shell)
 
 
@@ -68,8 +72,11 @@ class Run(Verb):
     def act(self, shell: Shell, recipe: Recipe) -> None:
         """Runs, and remembers what."""
         check_recipe(recipe)
+        _before(self.folder, self.target)
+        there = self.target.look(shell)
+        self.target.check_idle(there)
         _remember(shell, self.folder, self.target, recipe)
-        self.target.run(shell, self.folder / self.target.name, recipe, resume=False)
+        self.target.run(shell, self.folder / self.target.name, recipe, there, resume=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +88,7 @@ class _Known(Verb):
         """What the run was started with.
 
         Raises:
-            UsageError: there is no such run.
+            UsageError: there is no such run, or its file is damaged.
         """
         check("name", self.name, NAME)
         file = _file(self.folder, self.name)
@@ -90,12 +97,7 @@ class _Known(Verb):
             raise UsageError(
                 f"no run {self.name!r} in {self.folder}; there are: {', '.join(known) or 'none'}"
             )
-        try:
-            values = json.loads(file.read_text())
-            options = {k: tuple(v) if isinstance(v, list) else v for k, v in values["job"].items()}
-            return BACKENDS[values["backend"]](**options), tuple(values["recipe"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{file} cannot be read: {error!r}") from None
+        return _read(file)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,7 @@ class Resume(_Known):
         target, recipe = self.recall()
         if not recipe:
             raise UsageError(f"{self.name} has run no recipe yet: use run")
-        target.run(shell, self.folder / self.name, recipe, resume=True)
+        target.run(shell, self.folder / self.name, recipe, target.look(shell), resume=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +163,61 @@ VERBS: dict[str, Any] = {
 
 def _file(folder: pathlib.Path, name: str) -> pathlib.Path:
     return folder / name / "launch.json"
+
+
+def _read(file: pathlib.Path) -> tuple[Gke | Queued, Recipe]:
+    """What `_remember` wrote; raises UsageError if that is something else."""
+    try:
+        values = json.loads(file.read_text())
+        if not _is(values, dict) or not values.keys() >= {"backend", "job", "recipe"}:
+            raise ValueError("it has no backend, job and recipe")
+        kind = BACKENDS.get(str(values["backend"]))
+        if kind is None:
+            raise ValueError(f"backend {values['backend']!r} must be {' or '.join(BACKENDS)}")
+        if not _is(values["job"], dict) or not _is(values["recipe"], Recipe):
+            raise ValueError("job must be an object, recipe a list of texts")
+        target = kind(**_options(kind, values["job"]))
+    except (TypeError, ValueError, UsageError) as error:
+        raise UsageError(f"{file} is damaged: {error}") from None
+    if target.name != file.parent.name:
+        raise UsageError(f"{file} is damaged: it is of run {target.name!r}")
+    return target, tuple(values["recipe"])
+
+
+def _options(kind: type[Gke | Queued], values: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a target, from JSON; raises ValueError if one has another type."""
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name in hints and not _is(value, hints[name]):
+            raise ValueError(f"{name} cannot be {value!r}")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of a type that targets have."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint == Recipe:
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return isinstance(value, hint)
+
+
+def _before(folder: pathlib.Path, target: Gke | Queued) -> tuple[Gke | Queued | None, Recipe]:
+    """What is remembered of a target's name, if anything.
+
+    Raises:
+        UsageError: it is elsewhere, where it would be forgotten with all that is paid for it.
+    """
+    file = _file(folder, target.name)
+    if not file.exists():
+        return None, ()
+    before, recipe = _read(file)
+    if before.place != target.place:
+        raise UsageError(
+            f"run {target.name} is in {before.place}: take another --name, or delete it and remove "
+            f"{file}"
+        )
+    return before, recipe
 
 
 def _remember(shell: Shell, folder: pathlib.Path, target: Gke | Queued, recipe: Recipe) -> None:

@@ -12,9 +12,9 @@ import pathlib
 import re
 import shlex
 import time
-from typing import Any
+from typing import Any, ClassVar
 
-from tpu.job import PROJECT, ROOT, ZONE, Job, UsageError, check
+from tpu.job import PROJECT, ROOT, ZONE, Job, There, UsageError, check
 from tpu.shell import CommandError, Shell
 
 _RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
@@ -59,6 +59,9 @@ _FOLLOW = 'cd {folder} && tail -n +1 --pid="$(cat pid)" -F log; exit "$(cat stat
 class Queued(Job):
     """TPU VMs without Kubernetes, by a queued resource."""
 
+    secret_pattern: ClassVar[str] = r"([A-Za-z0-9_-]{1,255})(?::(latest|\d+))?"
+    secret_form: ClassVar[str] = "SECRET[:VERSION]"
+
     project: str
     """Google Cloud project."""
     zone: str
@@ -86,10 +89,11 @@ class Queued(Job):
             value = getattr(self, option)
             if value is not None and re.fullmatch(pattern, value, re.ASCII) is None:
                 raise UsageError(f"{option} {value!r} has characters that no {option} has")
-        self._secret_versions()
 
-    def _secret_versions(self) -> dict[str, re.Match[str]]:
-        return self.secrets(r"([A-Za-z0-9_-]{1,255})(?::(latest|\d+))?", "SECRET[:VERSION]")
+    @property
+    def place(self) -> str:
+        """Where the run is; a name means another run elsewhere."""
+        return f"queued resources in {self.zone}, project {self.project}"
 
     @property
     def _nodes(self) -> list[str]:
@@ -110,7 +114,9 @@ class Queued(Job):
         Raises:
             CommandError: it exists with other slices, fails, or a command does.
         """
-        state = self._state(shell)
+        return self._acquire(shell, self._state(shell))
+
+    def _acquire(self, shell: Shell, state: str) -> bool:
         if state in _LOST:
             shell.note(f"{self.name} is {state}: asking for it anew")
             self.delete(shell)
@@ -170,20 +176,37 @@ class Queued(Job):
         return argv
 
     # --- Runs --------------------------------------------------------------------------------
+    def look(self, shell: Shell) -> There:
+        """Finds what there is of this name."""
+        state = self._state(shell)
+        alive = state == "ACTIVE" and shell.ask(*self._ssh(_ALIVE + " || true"))
+        return There(state, "going" if alive else "")
+
     def run(
-        self, shell: Shell, folder: pathlib.Path, recipe: tuple[str, ...], resume: bool
+        self,
+        shell: Shell,
+        folder: pathlib.Path,
+        recipe: tuple[str, ...],
+        there: There,
+        resume: bool,
     ) -> None:
         """Runs the recipe on every host and stays until it is done, restarting it as need be.
+
+        Args:
+            shell: runs the commands.
+            folder: for the code that goes to the hosts.
+            recipe: module of `experiments` and its arguments.
+            there: what `look` found.
+            resume: whether to go on at the last checkpoint; what still goes is followed then.
 
         Raises:
             CommandError: a run of this name is still going, the recipe keeps failing, or a command
                 fails.
         """
-        new = self.create(shell)
-        alive = not new and bool(shell.ask(*self._ssh(_ALIVE + " || true")))
-        if alive and not resume:
-            raise CommandError(f"run {self.name} is still going; follow its logs or delete it")
-        if not alive:
+        if not resume:
+            self.check_idle(there)
+        if there.run != "going":
+            self._acquire(shell, there.capacity)
             self._install(shell, folder, recipe)
             self._start(shell, resume and "--resume" not in recipe)
         restarts = 0
@@ -216,14 +239,13 @@ class Queued(Job):
     def _start_script(self, recipe: tuple[str, ...]) -> str:
         name, *arguments = recipe
         lines = [f"export {k}={shlex.quote(v)}" for k, v in self.environment.items()]
-        for variable, match in self._secret_versions().items():
+        for variable, match in self.secrets.items():
             fetch = f"gcloud secrets versions access {match[2] or 'latest'} --secret={match[1]}"
             # Exporting apart from fetching: a failure to fetch must not go unseen.
             lines.append(f'{variable}="$({fetch} --project={self.project})"')
             lines.append(f"export {variable}")
         command = (".venv/bin/python", "-m", f"experiments.{name}", *arguments)
-        script = _START.replace("{exports}", "\n".join(lines))
-        return script.replace("{command}", shlex.join(command))
+        return _START.format(exports="\n".join(lines), command=shlex.join(command))
 
     def _start(self, shell: Shell, resume: bool) -> None:
         command = "bash {folder}/start.sh" + (" --resume" if resume else "")

@@ -69,11 +69,16 @@ class Shell:
     def write(self, file: pathlib.Path, text: str) -> None:
         """Writes a text file whose last line is ended."""
         if self.dry:
+            end = "END_OF_FILE"
+            while end in text:
+                end += "_"
             print(f"mkdir -p {shlex.quote(str(file.parent))}")
-            print(f"cat > {shlex.quote(str(file))} <<'END_OF_FILE'\n{text}END_OF_FILE", flush=True)
+            print(f"cat > {shlex.quote(str(file))} <<'{end}'\n{text}{end}", flush=True)
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(text)
+        partial.replace(file)
 
 
 def _find(program: str) -> str:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import types
+import typing
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from l4jax import sharding
 from l4jax.checkpoints.formats import Model
 from l4jax.checkpoints.safetensors import write_json
-from l4jax.config import Execution, TextConfig, VisionConfig, from_json
+from l4jax.config import Execution, Layer, TextConfig, VisionConfig
 from l4jax.kernels.quantized import Quantized
 from l4jax.models.llama4 import Llama
 
@@ -125,6 +127,30 @@ def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | N
             )
         state[path] = param.replace(value)
     return nnx.merge(graph, nnx.from_flat_state(state))
+
+
+def from_json(kind: Any, value: Any) -> Any:
+    """The section that `dataclasses.asdict` turned into `value`, perhaps by way of JSON.
+
+    Raises:
+        ValueError: a field is unknown or missing, or its value is not allowed.
+    """
+    if isinstance(kind, types.UnionType):
+        return None if value is None else from_json(get_args(kind)[0], value)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{kind.__name__} {value!r} must be an object with fields")
+        hints = typing.get_type_hints(kind)
+        unknown = set(value) - set(hints)
+        if unknown:
+            raise ValueError(f"{kind.__name__} has no field {sorted(unknown)[0]!r}")
+        try:
+            return kind(**{name: from_json(hints[name], x) for name, x in value.items()})
+        except TypeError as error:
+            raise ValueError(f"{kind.__name__}: {error}") from None
+    if kind == tuple[Layer, ...]:
+        return tuple(Layer(*layer) for layer in value)
+    return value
 
 
 def save(model: Llama, directory: pathlib.Path) -> None:

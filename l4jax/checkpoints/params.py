@@ -17,6 +17,7 @@ import l4jax.checkpoints.vision as vision
 from l4jax import presets
 from l4jax.checkpoints.fields import shortest_pattern
 from l4jax.checkpoints.formats import Model, is_llama3
+from l4jax.checkpoints.orbax import from_json
 from l4jax.config import (
     Attention,
     AttentionKind,
@@ -26,7 +27,6 @@ from l4jax.config import (
     RopeScaling,
     Temperature,
     TextConfig,
-    from_json,
 )
 
 OURS = "l4jax"

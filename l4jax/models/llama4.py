@@ -124,11 +124,15 @@ class Llama(nnx.Module):
         execution: how to compute it; `Execution()` is float32, scanned, nothing rematerialized.
         rngs: random keys of the initial parameters. Use `sharding.create(lambda: Llama(…))` to make
             every parameter in its place on a mesh.
+
+    Raises:
+        ValueError: the current mesh does not divide the model; see `sharding.check`.
     """
 
     def __init__(
         self, config: TextConfig, *, execution: Execution = Execution(), rngs: nnx.Rngs
     ) -> None:
+        sharding.check(config, jax.sharding.get_abstract_mesh().shape)
         d, v, period = config.embed_dim, config.vocab_size, len(config.pattern)
         self.config = config
         self.execution = execution
