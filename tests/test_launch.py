@@ -202,6 +202,7 @@ def test_a_run_is_not_replaced_before_it_ended(world):
         status, _, err = world.call(verb, *options, recipe=other if verb == "run" else ())
         assert (status, "still going" in err, len(world.said("apply"))) == (1, True, 1)
         assert known == {f: f.read_bytes() for f in known}
+    assert world.call("resume", "scout")[0] == 1
     world.answer("get jobset", json.dumps({"status": {"terminalState": "Failed"}}))
     assert world.call("resume", "scout")[0] == 0
     assert [call[2] for call in world.calls if "get" not in call] == ["apply", "delete", "apply"]

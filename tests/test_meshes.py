@@ -29,7 +29,7 @@ from l4jax.training import objectives, trainer
 from l4jax.training.optimizers import adamw
 
 ROWS, CHUNK, RATE = 8, 16, 0.01
-BOUND = 2e-6
+BOUND = 1e-5
 """Of a gradient, relative to its largest entry. Meshes differ in the order of sums only, but a sum
 over a thousand tokens, through four layers and back, multiplies float32's rounding of 6e-8."""
 # Nearly all of this file's time is compilation, and without these it takes a third less. Later
