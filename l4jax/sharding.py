@@ -226,12 +226,19 @@ def beside(whole: PartitionSpec, shape: tuple[int, ...], scale: Any) -> Partitio
     """The layout of a quantized weight's scales: cut where they have an entry for every one of it.
 
     Along gathered dimensions they are whole, as the weight will be.
+
+    Raises:
+        ValueError: groups of the weight's rows are as large as there are shards.
     """
+    sizes = jax.sharding.get_abstract_mesh().shape
     entries = (*whole, *(None,) * (len(shape) - len(whole)))
-    kept = (
-        axis if axis in ("tensor", "expert") and n == size else None
-        for axis, n, size in zip(entries, scale.shape, shape, strict=True)
-    )
+    kept = []
+    for axis, n, size in zip(entries, scale.shape, shape, strict=True):
+        cut = axis in ("tensor", "expert")
+        if cut and n != size and n * sizes.get(axis, 1) == size > n:
+            # `_part` could not tell such scales from those of each row.
+            raise ValueError(f"{axis}={sizes[axis]} is the size of a quantized weight's groups")
+        kept.append(axis if cut and n == size else None)
     return PartitionSpec(*kept)
 
 
