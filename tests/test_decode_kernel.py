@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,24 +89,29 @@ def test_slots_beyond_the_count_are_not_seen():
     np.testing.assert_array_equal(found, clean)
 
 
-def test_parts_of_a_cache_merge_to_the_whole():
+@pytest.mark.parametrize("kernel", [False, True], ids=["plain", "kernel"])
+def test_parts_of_a_cache_merge_to_the_whole(kernel, monkeypatch):
     """Four devices hold 50 slots each; one context fills only the first's, one none."""
-    from l4jax.kernels.attention import decode_reference
-    from l4jax.kernels.tpu.decode import decode_attention, merge
+    from l4jax.kernels import attention
+    from l4jax.kernels.tpu import decode
 
+    if kernel:
+        interpreted = functools.partial(decode.decode_attention, interpret=True)
+        monkeypatch.setattr(decode, "decode_attention", interpreted)
+        monkeypatch.setattr(attention.sharding, "platform", lambda: "tpu")
     q, k, v = inputs(3, 200, 4, 2)
     counts = jnp.array([0, 33, 187], jnp.int32)
     mesh = Mesh(np.array(jax.devices()[:4]), ("context",))
 
     def part(q, k, v):
         mine = (counts - 50 * jax.lax.axis_index("context")).clip(0, 50)
-        return merge(*decode_attention(q, k, v, mine, interpret=True), "context")
+        return attention.cached_attention(q[:, None], k, v, mine, axes=("context",))[:, 0]
 
     slots = P(None, "context")
     sharded = jax.shard_map(
         part, mesh=mesh, in_specs=(P(), slots, slots), out_specs=P(), check_vma=False
     )
-    expected, _ = decode_reference(q, k, v, counts)
+    expected, _ = attention.decode_reference(q, k, v, counts)
     np.testing.assert_allclose(jax.jit(sharded)(q, k, v), expected, atol=2e-6)
 
 
