@@ -143,7 +143,8 @@ def readme(table: list[Row], folder: pathlib.Path) -> str:
         "ran. Times are the least that compute, memory and links allow if everything overlaps, MFU",
         "what they leave at best. One sequence of 8192 tokens for each device, at least 16 when",
         "decoding; meshes and rematerialization as `l4jax plan` recommends. Each row's JSON lies",
-        "beside this file; `python -m tpu.plans` redoes what the code has outgrown.",
+        "beside this file; `python -m tpu.plans` redoes what the code has outgrown. In `compared/`",
+        "are the steps that experiments/README.md sets beside MaxText's.",
         "",
         "| model | slice | task | mesh | remat | GiB | GB sent | least s | bound | MFU | on |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -156,6 +157,10 @@ def readme(table: list[Row], folder: pathlib.Path) -> str:
             versions |= {
                 f"jax {v['jax']}, libtpu {v['libtpu']}" for v in [found.get("versions")] if v
             }
+    count = sum(recorded(row, folder) is not None for row in table)
+    lines += (
+        ["", f"{count} of {len(table)} rows are recorded so far."] if count < len(table) else []
+    )
     return "\n".join(
         [*lines, "", f"Compiled with {'; '.join(sorted(versions)) or 'nothing yet'}.", ""]
     )
