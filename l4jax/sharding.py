@@ -191,9 +191,8 @@ def param_mesh_axes(param: nnx.Variable) -> list[tuple[str, ...]]:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x`, laid out by its logical axes on the current mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec(*axes))
+    empty = jax.sharding.get_abstract_mesh().empty
+    return x if empty else jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
 def specs(state: nnx.State) -> nnx.State:
@@ -230,12 +229,10 @@ def beside(whole: PartitionSpec, shape: tuple[int, ...], scale: Any) -> Partitio
     Raises:
         ValueError: groups of the weight's rows are as large as there are shards.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
-    entries = (*whole, *(None,) * (len(shape) - len(whole)))
-    kept = []
-    for axis, n, size in zip(entries, scale.shape, shape, strict=True):
+    sizes, kept = jax.sharding.get_abstract_mesh().shape, []
+    for axis, n, size in zip(whole, scale.shape, shape, strict=True):
         cut = axis in ("tensor", "expert")
-        if cut and n != size and n * sizes.get(axis, 1) == size > n:
+        if cut and n * sizes.get(axis, 1) == size > n:
             # `_part` could not tell such scales from those of each row.
             raise ValueError(f"{axis}={sizes[axis]} is the size of a quantized weight's groups")
         kept.append(axis if cut and n == size else None)
@@ -246,9 +243,9 @@ def of_scale(
     place: jax.sharding.Sharding, shape: tuple[int, ...], scale: Any
 ) -> jax.sharding.Sharding:
     """Where the scales beside a quantized weight of this shape at `place` lie; see `beside`."""
-    if not isinstance(place, NamedSharding):
-        return place
-    return NamedSharding(place.mesh, beside(place.spec, shape, scale))
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, beside(place.spec, shape, scale))
+    return place
 
 
 def create(make: Callable[[], T]) -> T:
@@ -280,8 +277,7 @@ def size(*axes: str) -> int:
 
 def index(*axes: str) -> jax.Array | int:
     """This shard's number along these axes, the first one changing slowest."""
-    here = live(*axes)
-    return jax.lax.axis_index(here) if here else 0
+    return jax.lax.axis_index(live(*axes)) if live(*axes) else 0
 
 
 def gather(x: jax.Array, dim: int, *axes: str) -> jax.Array:
@@ -318,8 +314,7 @@ def _gather_rows(x: jax.Array, axis: str) -> jax.Array:
 
 def total(x: T, *axes: str) -> T:
     """The sum over the shards along these axes."""
-    here = live(*axes)
-    return jax.lax.psum(x, here) if here else x
+    return jax.lax.psum(x, live(*axes)) if live(*axes) else x
 
 
 def exchange(x: jax.Array, split: int, join: int, *axes: str) -> jax.Array:
