@@ -94,7 +94,7 @@ def run(out: pathlib.Path, *, steps: int, seed: int, console: Console) -> dict[s
             "bigram": bigram,
         },
         "beats_bigram": trained.after["loss"] < bigram,
-        "held_out_tokens": trained.after["tokens"],
+        "held_out_tokens": trained.after["count"],
         "training_tokens_per_second": float(np.median(speeds)),
         "generation_tokens_per_second": generation,
         "parameters": roofline.parameters(config).total,

@@ -105,7 +105,7 @@ def test_loss_is_the_mean_cross_entropy_of_targets_inside_segments(config):
     loss, metrics = plain_objective()(model, batch)
     assert float(loss) == pytest.approx(expected.mean(), rel=1e-5)
     assert float(metrics["loss"]) == float(loss)
-    assert int(metrics["tokens"]) == len(expected) < ROWS * (LENGTH - 1) - 6
+    assert int(metrics["count"]) == len(expected) < ROWS * (LENGTH - 1) - 6
 
 
 def test_what_lies_behind_a_border_changes_nothing():
@@ -126,7 +126,7 @@ def test_a_batch_without_targets_gives_zero_and_no_nan():
     batch = batch_of()
     batch["segment_ids"] = np.zeros_like(batch["segment_ids"])
     (loss, metrics), gradient = compiled()(model_of(), batch)
-    assert (float(loss), int(metrics["tokens"])) == (0, 0)
+    assert (float(loss), int(metrics["count"])) == (0, 0)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -160,7 +160,7 @@ def test_router_metrics_describe_every_layer():
 def test_a_dense_model_has_no_router_metrics_and_ignores_balance():
     model, batch = model_of(DENSE), batch_of()
     loss, metrics = jax.jit(objectives.next_token(balance=9.0))(model, batch)
-    assert set(metrics) == {"loss", "tokens"}
+    assert set(metrics) == {"loss", "count"}
     assert float(loss) == float(metrics["loss"])
 
 
@@ -273,7 +273,7 @@ def dense_training():
 def distance(model, batch):
     """An objective that is no language model's, and compiles at once: how far the head is off."""
     loss = jnp.square(model.head[...] - batch["target"]).sum()
-    return loss, {"loss": loss, "tokens": jnp.int32(1)}
+    return loss, {"loss": loss, "count": jnp.int32(1)}
 
 
 def toy_training():
@@ -287,7 +287,7 @@ def target(step):
 def test_the_same_start_gives_the_same_bits():
     one, other = (list(toy_training().run(map(target, range(5)), 5)) for _ in range(2))
     for a, b in zip(one, other, strict=True):
-        assert a.keys() == b.keys() == {"step", "seconds", "loss", "tokens", "grad_norm"}
+        assert a.keys() == b.keys() == {"step", "seconds", "loss", "count", "grad_norm"}
         for key in a.keys() - {"seconds"}:
             np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
@@ -374,7 +374,7 @@ def test_evaluation_weighs_batches_by_their_tokens():
     found = trainer.evaluate(model, plain_objective(), batches)
     assert len(parts[0]) > 5 * len(parts[1]) > 0
     assert found["loss"] == pytest.approx(np.concatenate(parts).mean(), rel=1e-5)
-    assert found["tokens"] == len(parts[0]) + len(parts[1])
+    assert found["count"] == len(parts[0]) + len(parts[1])
     load = found["expert_load"]
     assert load.shape == (ROUTED.num_layers, ROUTED.moe.num_experts)
     assert (load.sum(1) == 2 * ROWS * LENGTH).all()
@@ -394,7 +394,7 @@ def test_nothing_to_evaluate_is_an_error(batches):
 
     def objective(model, batch):
         loss, metrics = distance(model, batch)
-        return loss, metrics | {"tokens": jnp.int32(0)}
+        return loss, metrics | {"count": jnp.int32(0)}
 
     with pytest.raises(ValueError, match="nothing to evaluate"):
         trainer.evaluate(model_of(DENSE), objective, batches)

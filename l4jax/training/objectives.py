@@ -17,6 +17,8 @@ from l4jax.kernels.cross_entropy import linear_cross_entropy
 from l4jax.models.llama4 import Llama
 
 Metrics = dict[str, Array]
+"""Has at least `loss`, what the objective is named after, and `count`, how many things (tokens,
+pairs) that is the mean of: evaluation and accumulated gradients weigh batches by it."""
 Objective = Callable[[Llama, Mapping[str, Array]], tuple[Float32[Array, ""], Metrics]]
 
 
@@ -42,7 +44,7 @@ def next_token(*, balance: float = 0.0) -> Objective:
         count = counted.sum()
         weights = counted / jnp.maximum(count, 1).astype(jnp.float32)
         loss = cross_entropy(model, hidden, jnp.roll(tokens, -1, axis=1), weights)
-        metrics = {"loss": loss, "tokens": count}
+        metrics = {"loss": loss, "count": count}
         if routing is None:
             return loss, metrics
         metrics |= {

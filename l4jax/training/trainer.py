@@ -35,7 +35,7 @@ class Update:
         objective: what is minimised.
         optimizer: any Optax transformation.
         accumulate: pieces that a batch is cut into, one after the other, to save memory. Their
-            gradients are weighted by the objective's `tokens`, so that the sum is the batch's own.
+            gradients are weighted by the objective's `count`, so that the sum is the batch's own.
     """
 
     def __init__(
@@ -133,9 +133,9 @@ class Update:
 
         def piece(total: Any, batch: Batch) -> tuple[Any, None]:
             gradients, metrics = gradient(params, batch)
-            tokens = metrics["tokens"]
+            count = metrics["count"]
             new = jax.tree.map(
-                lambda x: x * tokens if jnp.issubdtype(x.dtype, jnp.floating) else x,
+                lambda x: x * count if jnp.issubdtype(x.dtype, jnp.floating) else x,
                 (gradients, metrics),
             )
             return jax.tree.map(jnp.add, total, new), None
@@ -146,9 +146,9 @@ class Update:
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first)
         )
         (gradients, metrics), _ = jax.lax.scan(piece, zeros, pieces)
-        tokens = jnp.maximum(metrics["tokens"], 1)
+        count = jnp.maximum(metrics["count"], 1)
         return jax.tree.map(
-            lambda x: x / tokens if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            lambda x: x / count if jnp.issubdtype(x.dtype, jnp.floating) else x,
             (gradients, metrics),
         )
 
@@ -261,19 +261,19 @@ def batch_sharding(rows: int, length: int) -> NamedSharding:
 
 
 def evaluate(model: Llama, objective: Objective, batches: Iterable[Batch]) -> dict[str, Any]:
-    """The objective's `loss` over all counted tokens of `batches`, and the sum of `expert_load`.
+    """The objective's `loss` over all that counts in `batches`, and the sum of `expert_load`.
 
     Raises:
         ValueError: there is no batch, or no token in it counts.
     """
     measure = jax.jit(lambda model, batch: objective(model, batch)[1])
-    total, tokens, load = 0.0, 0, None
+    total, count, load = 0.0, 0, None
     for batch in batches:
         metrics = jax.device_get(measure(model, batch))
-        total += float(metrics["loss"]) * int(metrics["tokens"])
-        tokens += int(metrics["tokens"])
+        total += float(metrics["loss"]) * int(metrics["count"])
+        count += int(metrics["count"])
         if "expert_load" in metrics:
             load = metrics["expert_load"] if load is None else load + metrics["expert_load"]
-    if not tokens:
+    if not count:
         raise ValueError("nothing to evaluate: no batch has a token that counts")
-    return {"loss": total / tokens, "tokens": tokens, "expert_load": load}
+    return {"loss": total / count, "count": count, "expert_load": load}
