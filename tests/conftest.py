@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -12,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-jax.config.update("jax_platforms", "cpu")
-chex.set_n_cpu_devices(8)
-# Tests compile more than they compute.
-jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_platforms", os.environ.get("L4JAX_TEST_PLATFORMS", "cpu"))
+if "L4JAX_TEST_PLATFORMS" not in os.environ:
+    chex.set_n_cpu_devices(8)
+    # Tests compile more than they compute.
+    jax.config.update("jax_disable_most_optimizations", True)
 
 FAMILIES = (
     "llama4-scout",

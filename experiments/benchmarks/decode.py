@@ -1,4 +1,4 @@
-"""Greedy decoding on CPU: tokens per second of l4jax and of transformers' generate.
+"""Greedy decoding: tokens per second of l4jax and of transformers' generate.
 
 Both continue the same random prompts with the same weights; the report says whether the tokens
 agree. Times include the prefill. torch is run with every core and with one, which is the faster on
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -21,20 +22,22 @@ BATCHES = (1, 8)
 
 def main() -> None:
     args = peers.arguments(
-        __doc__ or "", vocabulary=4096, chunk=128, prompt=64, new=128, repetitions=5
+        __doc__ or "", vocabulary=4096, chunk=128, prompt=64, new=128, scale=1, repetitions=5
     )
     peers.keep_memory()
     import jax
     from flax import nnx
 
+    from l4jax.config import Execution
     from l4jax.inference.decoding import unrolled
     from l4jax.models.llama4 import Llama
 
-    config = peers.config(args.vocabulary, args.chunk)
-    model = unrolled(Llama(config, rngs=nnx.Rngs(params=0)))
+    config = peers.config(args.vocabulary, args.chunk, args.scale)
+    model = Llama(config, execution=Execution(dtype=args.dtype), rngs=nnx.Rngs(params=0))
+    model = unrolled(jax.tree.map(lambda x: x.astype(args.dtype), model))
     theirs = {
-        "transformers": peers.transformers_model(model),
-        "transformers, sparse experts": peers.transformers_model(model, sparse=True),
+        "transformers": peers.transformers_model(model, args),
+        "transformers, sparse experts": peers.transformers_model(model, args, sparse=True),
     }
     groups, results = {}, {}
     for batch in BATCHES:
@@ -71,17 +74,18 @@ def main() -> None:
             "times": times,
         }
     parameters = sum(x.size for x in jax.tree.leaves(model))
-    report = {
+    report: dict[str, Any] = {
         "benchmark": "decode",
         **peers.environment(),
+        "dtype": args.dtype,
         "parameters": parameters,
         "prompt": args.prompt,
         "new": args.new,
         "chunk": args.chunk,
-        "matmul_gflops": {name: run() for name, run in peers.matmul_speed().items()},
+        "matmul_gflops": {name: run() for name, run in peers.matmul_speed(args).items()},
         "results": results,
     }
-    title = f"Greedy decoding, {parameters / 1e6:.0f} M parameters, {peers.THREADS} CPU threads"
+    title = f"Greedy decoding, {parameters / 1e6:.0f} M parameters, {report['device']}"
     peers.write("decode", report, args, peers.bars(title, groups))
 
 
@@ -96,7 +100,7 @@ def their_run(model, prompts: np.ndarray, new: int, threads: int) -> Callable[[]
     """Generates with transformers."""
     import torch
 
-    ids = torch.tensor(prompts)
+    ids = torch.tensor(prompts, device=model.device)
     mask = torch.ones_like(ids)
 
     def run() -> np.ndarray:
@@ -105,7 +109,7 @@ def their_run(model, prompts: np.ndarray, new: int, threads: int) -> Callable[[]
             out = model.generate(
                 ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0
             )
-        return out[:, prompts.shape[1] :].numpy()
+        return out[:, prompts.shape[1] :].cpu().numpy()
 
     return run
 

@@ -47,36 +47,45 @@ def arguments(description: str, **defaults: int) -> argparse.Namespace:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}"
         )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of both sides")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder")
     parser.add_argument("--json", action="store_true", help="print only the JSON report")
-    return parser.parse_args()
+    args = parser.parse_args()
+    # Read by JAX when it is first imported. Its GPU allocator would leave torch nothing.
+    os.environ["JAX_PLATFORMS"] = args.device
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    return args
 
 
-def config(vocabulary: int, chunk: int):
-    """Scout's structure at 27 M parameters (with 4096 words): every layer routed, 8 experts."""
+def config(vocabulary: int, chunk: int, scale: int = 1):
+    """Scout's structure, every layer routed to one of 8 experts; 27 M parameters (4096 words).
+
+    `scale` multiplies every width and the number of heads.
+    """
     from l4jax.config import Attention, Layer, MoE, Temperature, TextConfig
 
     kinds = ("chunked", "chunked", "chunked", "global")
     return TextConfig(
         num_layers=8,
-        embed_dim=384,
+        embed_dim=384 * scale,
         vocab_size=vocabulary,
-        mlp_dim=512,
+        mlp_dim=512 * scale,
         max_context=4096,
         attention=Attention(
-            num_heads=6,
-            num_kv_heads=2,
+            num_heads=6 * scale,
+            num_kv_heads=2 * scale,
             head_dim=64,
             chunk_size=chunk,
             qk_norm=True,
             temperature=Temperature(floor=chunk),
         ),
         pattern=tuple(Layer(kind, "moe") for kind in kinds),
-        moe=MoE(num_experts=8, mlp_dim=256, shared_mlp_dim=256),
+        moe=MoE(num_experts=8, mlp_dim=256 * scale, shared_mlp_dim=256 * scale),
     )
 
 
-def transformers_model(model, *, sparse: bool = False):
+def transformers_model(model, args: argparse.Namespace, *, sparse: bool = False):
     """transformers' Llama4ForCausalLM with the weights of `model`, by way of an export."""
     import torch
     from transformers import Llama4ForCausalLM
@@ -84,10 +93,15 @@ def transformers_model(model, *, sparse: bool = False):
     from l4jax import checkpoints
 
     torch.set_num_threads(THREADS)
+    # What JAX does by default: float32 products on the matrix units.
+    torch.set_float32_matmul_precision("high")
     with tempfile.TemporaryDirectory() as scratch:
         tokens = {"bos_token_id": None, "eos_token_id": None}
         checkpoints.save(model, Path(scratch) / "model", to="hf", extra=tokens)
-        theirs = Llama4ForCausalLM.from_pretrained(Path(scratch) / "model", dtype=torch.float32)
+        theirs = Llama4ForCausalLM.from_pretrained(
+            Path(scratch) / "model", dtype=getattr(torch, args.dtype)
+        )
+    theirs = theirs.to(args.device)
     theirs.generation_config.eos_token_id = None
     if sparse:
         for layer in theirs.model.layers:
@@ -113,15 +127,19 @@ def _sparse_moe(self, x):
     return self.shared_expert(x).index_add(0, order, torch.cat(outputs)), logits
 
 
-def matmul_speed(size: int = 1536) -> dict[str, Callable[[], float]]:
-    """Functions that give GFLOP/s of one large float32 matrix product in each library."""
+def matmul_speed(args: argparse.Namespace) -> dict[str, Callable[[], float]]:
+    """Functions that give GFLOP/s of one large matrix product in each library."""
     import jax
     import jax.numpy as jnp
     import torch
 
-    ours = jnp.ones((size, size), jnp.float32)
-    theirs = torch.ones(size, size)
+    size = 1536 if args.device == "cpu" else 8192
+    ours = jnp.ones((size, size), args.dtype)
+    theirs = torch.ones(size, size, dtype=getattr(torch, args.dtype), device=args.device)
     product = jax.jit(jnp.matmul)
+
+    def in_torch() -> None:
+        (theirs @ theirs)[0, 0].item()  # waits for the device
 
     def speed(run: Callable[[], object]) -> float:
         run()
@@ -131,7 +149,7 @@ def matmul_speed(size: int = 1536) -> dict[str, Callable[[], float]]:
 
     return {
         "jax": lambda: speed(lambda: product(ours, ours).block_until_ready()),
-        "torch": lambda: speed(lambda: theirs @ theirs),
+        "torch": lambda: speed(in_torch),
     }
 
 
@@ -164,10 +182,13 @@ def alternate(
 
 def environment() -> dict[str, object]:
     """Date, machine and versions."""
+    import jax
+
     packages = ("l4jax", "jax", "jaxlib", "flax", "optax", "torch", "transformers")
     return {
         "date": datetime.date.today().isoformat(),
         "machine": platform.machine(),
+        "device": jax.devices()[0].device_kind,
         "threads": THREADS,
         "load_average": os.getloadavg()[0],
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

@@ -1,6 +1,7 @@
-"""Tokens per second of a training step on CPU: l4jax and transformers, dense and sparse experts.
+"""Tokens per second of a training step: l4jax and transformers, dense and sparse experts.
 
-A step is forward, backward and AdamW in float32, on the same random tokens from the same weights.
+A step is forward, backward and AdamW, on the same random tokens from the same weights, in float32
+(`--dtype bfloat16`: parameters too), on the CPU or on a GPU (`--device cuda --scale 4`).
 "transformers" computes every expert for every token; "transformers, sparse experts" is the same
 model whose experts see only their own tokens.
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +23,7 @@ LEARNING_RATE = 1e-4
 
 def main() -> None:
     args = peers.arguments(
-        __doc__ or "", vocabulary=4096, chunk=128, batch=4, length=512, repetitions=7
+        __doc__ or "", vocabulary=4096, chunk=128, batch=4, length=512, scale=1, repetitions=7
     )
     peers.keep_memory()
     import jax
@@ -32,14 +34,15 @@ def main() -> None:
     from l4jax.inference.decoding import unrolled
     from l4jax.models.llama4 import Llama
 
-    config = peers.config(args.vocabulary, args.chunk)
+    config = peers.config(args.vocabulary, args.chunk, args.scale)
     tokens = np.random.default_rng(0).integers(0, args.vocabulary, (args.batch, args.length))
-    scanned = Llama(config, execution=Execution(), rngs=nnx.Rngs(params=0))
+    scanned = Llama(config, execution=Execution(dtype=args.dtype), rngs=nnx.Rngs(params=0))
+    scanned = jax.tree.map(lambda x: x.astype(args.dtype), scanned)
     model = unrolled(scanned)
     load = np.asarray(jax.jit(lambda m, x: m.outputs(x).routing.load)(model, tokens))
     theirs = {
-        "transformers": peers.transformers_model(model),
-        "transformers, sparse experts": peers.transformers_model(model, sparse=True),
+        "transformers": peers.transformers_model(model, args),
+        "transformers, sparse experts": peers.transformers_model(model, args, sparse=True),
     }
     parameters = sum(x.size for x in jax.tree.leaves(model))
     compile_seconds, losses, steps = {}, {}, {}
@@ -49,7 +52,7 @@ def main() -> None:
     for name, step in steps.items():
         losses[name] = [step() for _ in range(3)]
 
-    speeds = peers.matmul_speed()
+    speeds = peers.matmul_speed(args)
     times = peers.alternate(steps, args.repetitions)
     peak = {name: max(run() for _ in range(5)) for name, run in speeds.items()}
     flops = roofline.training_flops(config, args.length) * tokens.size
@@ -66,9 +69,10 @@ def main() -> None:
         for name, seconds in times.items()
     }
     rates = {name: result["tokens_per_second"] for name, result in results.items()}
-    report = {
+    report: dict[str, Any] = {
         "benchmark": "training_step",
         **peers.environment(),
+        "dtype": args.dtype,
         "parameters": parameters,
         "batch": [args.batch, args.length],
         "chunk": args.chunk,
@@ -89,8 +93,8 @@ def main() -> None:
         },
         "results": results,
     }
-    title = f"Training step, {parameters / 1e6:.0f} M parameters, {peers.THREADS} CPU threads"
-    peers.write("training_step", report, args, peers.bars(title, {"AdamW, float32": rates}))
+    title = f"Training step, {parameters / 1e6:.0f} M parameters, {report['device']}"
+    peers.write("training_step", report, args, peers.bars(title, {f"AdamW, {args.dtype}": rates}))
 
 
 def our_step(model, tokens: np.ndarray) -> tuple[Callable[[], float], float]:
@@ -129,7 +133,7 @@ def their_step(model, tokens: np.ndarray) -> Callable[[], float]:
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=1e-4, fused=True)
-    ids = torch.tensor(tokens)
+    ids = torch.tensor(tokens, device=model.device)
 
     def run() -> float:
         optimizer.zero_grad(set_to_none=True)
