@@ -28,12 +28,14 @@ def main() -> None:
     import jax
     from flax import nnx
 
+    from l4jax import sharding
     from l4jax.config import Execution
     from l4jax.inference.decoding import unrolled
     from l4jax.models.llama4 import Llama
 
     config = peers.config(args.vocabulary, args.chunk, args.scale)
-    model = Llama(config, execution=Execution(dtype=args.dtype), rngs=nnx.Rngs(params=0))
+    execution = Execution(dtype=args.dtype)
+    model = sharding.create(lambda: Llama(config, execution=execution, rngs=nnx.Rngs(params=0)))
     model = unrolled(jax.tree.map(lambda x: x.astype(args.dtype), model))
     theirs = {
         "transformers": peers.transformers_model(model, args),
