@@ -1,11 +1,15 @@
-"""Packed batches hold every token once, in segments that know where they begin."""
+"""Batches hold every token once, in segments that know where they begin, and go on exactly."""
 
 import itertools
+import json
 
+import grain
 import numpy as np
 import pytest
 
-from l4jax.data import pipeline
+from l4jax.data import packing, pipeline
+from l4jax.data.mixture import Mixture
+from l4jax.data.store import MemoryStore
 
 LENGTH, ROWS = 16, 3
 DOCUMENTS = [
@@ -205,3 +209,280 @@ def test_exactly_one_batch_is_enough():
 def test_sizes_must_be_positive(length, rows):
     with pytest.raises(ValueError, match=f"length {length} and batch_size {rows} must be at least"):
         packed(length=length, batch_size=rows)
+
+
+# --- Mixtures of stores --------------------------------------------------------------------------
+def numbered(count, most, seed, masked=False):
+    """Examples whose tokens tell the example and the place; a mask is True on odd places."""
+    sizes = np.random.default_rng(seed).integers(1, most, count)
+    examples = [[1000 * i + t for t in range(n)] for i, n in enumerate(sizes.tolist())]
+    masks = [[t % 2 == 1 for t in range(n)] for n in sizes.tolist()] if masked else None
+    return MemoryStore(examples, masks)
+
+
+PLAIN, MASKED, ONE = numbered(90, 21, 0), numbered(70, 15, 1, True), MemoryStore([[7, 8, 9]])
+PAIRS = MemoryStore(
+    [[[10 * i] * (1 + i % 4), [10 * i + 1] * (1 + i % 3)] for i in range(40)],
+    [[[False] + [True] * (i % 4), [False] + [True] * (i % 3)] for i in range(40)],
+)
+TRIPLES = MemoryStore([[[i] * 2, [i] * 3, [i]] if i % 3 else [[i] * 2, [i]] for i in range(40)])
+KINDS = ("split", "best_fit", "none")
+
+
+def mixed(packing="best_fit", epochs=None, stores=(PLAIN, MASKED, ONE), **options):
+    weights = [0.5, 0.3, 0.2][: len(stores)]
+    return pipeline.batches(
+        Mixture(stores, weights, epochs=epochs),
+        **{"length": 23, "batch_size": 4, "seed": 2, "packing": packing} | options,
+    )
+
+
+def same(found, expected):
+    """Whether two lists of batches are equal to the last bit and type."""
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert set(a) == set(b)
+        for name in a:
+            assert a[name].dtype == b[name].dtype
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+@pytest.fixture(autouse=True)
+def _small_windows(monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW", 50)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_batch_of_an_epoch_is_filled_up_with_empty_rows(kind):
+    data = pipeline.batches(
+        Mixture([PLAIN, MASKED], epochs=1), length=21, batch_size=11, seed=0, packing=kind
+    )
+    batches = list(data)
+    assert all(batch["tokens"].shape == (11, 21) for batch in batches)
+    assert sorted(tokens_of(batches)) == sorted(
+        token for store in (PLAIN, MASKED) for i in range(len(store)) for token in store[i].tokens
+    )
+    assert not batches[-1]["segment_ids"][-1].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_positions_and_segments_belong_to_their_tokens(kind):
+    for batch in itertools.islice(mixed(kind, stores=(PLAIN, MASKED)), 20):
+        padding = batch["segment_ids"] == 0
+        assert not batch["tokens"][padding].any()
+        assert not batch["loss_mask"][padding].any()
+        assert batch["loss_mask"].dtype == np.bool_
+        for row, ids in enumerate(batch["segment_ids"]):
+            assert np.unique(ids[ids > 0]).tolist() == list(range(1, ids.max() + 1))
+            for segment in range(1, ids.max() + 1):
+                where = ids == segment
+                tokens, mask = batch["tokens"][row][where], batch["loss_mask"][row][where]
+                assert (np.diff(tokens) == 1).all()
+                np.testing.assert_array_equal(batch["positions"][row][where], range(len(tokens)))
+                # Of the store without a mask every token counts.
+                assert mask.all() or (mask == tokens % 2).all()
+
+
+def test_without_masks_there_is_no_mask():
+    assert set(next(iter(mixed(stores=(PLAIN, ONE))))) == set(pipeline.KEYS)
+
+
+@pytest.mark.parametrize("kind", ["best_fit", "none"])
+def test_pairs_stay_together_and_are_told_by_their_examples(kind):
+    data = mixed(kind, epochs=2, stores=(PAIRS, TRIPLES), segments=6)
+    seen = 0
+    for batch in data:
+        for name in ("example", "groups", "ranks"):
+            assert (batch[name].shape, batch[name].dtype) == ((4, 6), np.int32)
+        for row in range(4):
+            ids, column = batch["segment_ids"][row], 0
+            while column < 6 and (example := int(batch["example"][row, column])) >= 0:
+                store, number = (PAIRS, example) if example < 40 else (TRIPLES, example - 40)
+                wanted = store[number]
+                count = len(wanted.offsets) - 1
+                part = slice(column, column + count)
+                assert (batch["example"][row, part] == example).all()
+                assert np.unique(batch["groups"][row, part]).size == 1
+                assert batch["ranks"][row, part].tolist() == list(range(count))[::-1]
+                for place in range(count):
+                    cut = slice(*wanted.offsets[place : place + 2])
+                    where = ids == column + place + 1
+                    np.testing.assert_array_equal(batch["tokens"][row][where], wanted.tokens[cut])
+                    if wanted.loss_mask is not None:
+                        found = batch["loss_mask"][row][where]
+                        np.testing.assert_array_equal(found, wanted.loss_mask[cut])
+                column, seen = column + count, seen + 1
+            assert ids.max() == column
+            groups = batch["groups"][row, :column]
+            assert np.unique(groups).tolist() == list(range(1, groups.max(initial=0) + 1))
+            assert not batch["groups"][row, column:].any()
+    assert seen >= 80
+
+
+def test_examples_of_one_segment_are_in_no_group():
+    batch = next(iter(mixed(stores=(PLAIN, MASKED), segments=9)))
+    assert set(batch) == {*pipeline.KEYS, "loss_mask", "example"}
+
+
+# --- Going on ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_every_position_it_goes_on_as_if_uninterrupted(kind, workers):
+    def data():
+        return pipeline.batches(
+            Mixture([PLAIN, ONE, MASKED], epochs=3),
+            length=23,
+            batch_size=[(0, 4), (3, 7), (9, 1)],
+            seed=4,
+            packing=kind,
+            workers=workers,
+        )
+
+    batches, states = [], []
+    iterator = iter(data())
+    while True:
+        states.append(json.loads(json.dumps(iterator.get_state())))
+        try:
+            batches.append(next(iterator))
+        except StopIteration:
+            break
+    assert len(batches) > 40
+    for place in [*range(14), len(batches) - 1, len(batches)]:
+        fresh = iter(data())
+        fresh.set_state(states[place])
+        assert fresh.get_state() == states[place]
+        same(list(itertools.islice(fresh, 9)), batches[place : place + 9])
+    iterator.set_state(states[5])
+    same(list(iterator), batches[5:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_workers_change_neither_batches_nor_states(kind):
+    alone, helped = iter(mixed(kind)), iter(mixed(kind, workers=3))
+    for _ in range(25):
+        same([next(alone)], [next(helped)])
+        assert alone.get_state() == helped.get_state()
+    # A state of one is good for the other.
+    helped.set_state(alone.get_state())
+    same([next(alone)], [next(helped)])
+    helped.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(helped)
+
+
+def test_an_error_of_a_worker_is_raised():
+    class Broken(MemoryStore):
+        def tokens(self, number, start, stop):
+            raise OSError("the disk is gone")
+
+    data = pipeline.batches(Mixture([Broken([[1, 2]])]), length=2, batch_size=1, seed=0, workers=2)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(iter(data))
+
+
+def test_a_state_is_of_its_data_and_settings_only():
+    state = iter(mixed()).get_state()
+    others = [
+        mixed(seed=3),
+        mixed(length=24),
+        mixed("none"),
+        mixed(segments=8),
+        mixed(epochs=1),
+        mixed(stores=(PLAIN, MASKED)),
+        mixed(stores=(MASKED, PLAIN, ONE)),
+        mixed(stores=(PLAIN, numbered(70, 15, 1), ONE)),
+        pipeline.batches(
+            Mixture([PLAIN, MASKED, ONE]), length=23, batch_size=4, seed=2, packing="best_fit"
+        ),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="the state is of other data"):
+            iter(other).set_state(state)
+    iter(mixed(workers=2, rows=[1])).set_state(state)
+
+
+def test_batches_may_change_their_size_on_the_way():
+    iterator = iter(mixed())
+    first = list(itertools.islice(iterator, 3))
+    other = iter(mixed(batch_size=7))
+    other.set_state(iterator.get_state())
+    then = list(itertools.islice(other, 4))
+    whole = tokens_of(itertools.islice(mixed(batch_size=1), 3 * 4 + 4 * 7))
+    assert tokens_of([*first, *then]) == whole
+
+
+def test_grain_goes_on_from_here():
+    """Its transformations keep our state."""
+
+    def data():
+        return mixed().map(lambda batch: batch | {"weight": np.float32(2)})
+
+    iterator = iter(data())
+    next(iterator)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = next(iterator)
+    fresh = iter(data())
+    fresh.set_state(state)
+    same([next(fresh)], [expected])
+    assert isinstance(iterator, grain.DatasetIterator)
+
+
+# --- Parts of batches ----------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("epochs", [None, 1])
+def test_four_processes_see_together_what_one_sees(kind, epochs):
+    """Also where the batches grow, and where the last one is not full."""
+
+    def take(host=None):
+        rows = None if host is None else lambda size: range(host, size, 4)
+        data = mixed(kind, epochs, batch_size=[(0, 4), (2, 8), (5, 12)], rows=rows)
+        return list(itertools.islice(data, 12))
+
+    whole, parts = take(), [take(host) for host in range(4)]
+    for batch, *pieces in zip(whole, *parts, strict=True):
+        for name, value in batch.items():
+            together = np.stack([piece[name] for piece in pieces], axis=1)
+            np.testing.assert_array_equal(together.reshape(value.shape), value)
+
+
+def test_batch_sizes_follow_their_plan():
+    ramp = itertools.islice(mixed(batch_size=[(0, 2), (3, 5)]), 6)
+    assert [len(batch["tokens"]) for batch in ramp] == [2, 2, 2, 5, 5, 5]
+    grown = itertools.islice(mixed(batch_size=lambda n: 1 + n // 2), 6)
+    assert [len(batch["tokens"]) for batch in grown] == [1, 1, 2, 2, 3, 3]
+
+
+def test_rows_come_in_their_order_whatever_the_batch_sizes():
+    small = itertools.islice(mixed(batch_size=1), 30)
+    large = itertools.islice(mixed(batch_size=15), 2)
+    assert tokens_of(small) == tokens_of(large)
+
+
+def test_efficiency_is_that_of_the_batches():
+    data = mixed()
+    batches = list(itertools.islice(data, 30))
+    padding = np.mean([batch["segment_ids"] == 0 for batch in batches])
+    assert data.efficiency(rows=120).padding == pytest.approx(padding)
+
+
+# --- Errors --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packing": "split", "segments": 4}, "rows of 'split' hold as many as come"),
+        ({"segments": 0}, "segments=0 with packing='best_fit': it must be at least 1"),
+        ({"length": 14}, "examples are longer than a row of 14 tokens"),
+        ({"length": 0, "batch_size": [(0, 1)]}, "length 0 must be at least 1"),
+        ({"workers": -1}, "workers -1"),
+        ({"batch_size": []}, "must be pairs"),
+        ({"batch_size": [(1, 4)]}, "the first from batch 0"),
+        ({"batch_size": [(0, 4), (5, 8), (5, 9)]}, "later ones from later batches"),
+        ({"batch_size": [(0, 4), (5, 0)]}, "batch size 0 from batch 5 on must be at least 1"),
+        ({"batch_size": lambda n: 0}, "batch 0 has size 0"),
+        ({"rows": [4]}, "must be some of the 4 of a batch"),
+        ({"rows": lambda size: [size]}, "must be some of the 4 of a batch"),
+    ],
+)
+def test_odd_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        mixed(**options)

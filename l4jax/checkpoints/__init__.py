@@ -12,6 +12,7 @@ What a file is for, from the ground up:
   `companions` and `licences` (what travels beside the weights), `remote` (gs://, s3://)
 """
 
+from l4jax.checkpoints.companions import carried as carried
 from l4jax.checkpoints.companions import licence_of as licence_of
 from l4jax.checkpoints.convert import convert as convert
 from l4jax.checkpoints.directory import describe as describe

@@ -60,11 +60,7 @@ def gather(
         ValueError: the licence is unknown or cannot be told, or the name is not allowed.
     """
     version, notes = _version(source, licence, export=to != "orbax")
-    files: dict[str, bytes | pathlib.Path] = {
-        file.name: file
-        for file in sorted(source.directory.iterdir())
-        if _CARRIED.fullmatch(file.name) and file.is_file()
-    }
+    files: dict[str, bytes | pathlib.Path] = dict(carried(source.directory))
     if to == "hf":
         files = _for_huggingface(source) | files
     called = name or default_name
@@ -79,6 +75,15 @@ def gather(
         notes.append(f"{agreement.title}: {agreement.duties[0]} `l4jax info` lists all duties.")
     described = dict(source.described) | {"licence": version}
     return Extras(files, described, called, version, tuple(notes))
+
+
+def carried(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The files of a checkpoint that go wherever its weights go, by name."""
+    return {
+        file.name: file
+        for file in sorted(directory.iterdir())
+        if _CARRIED.fullmatch(file.name) and file.is_file()
+    }
 
 
 def licence_of(directory: pathlib.Path, model: Model, described: Mapping[str, Any]) -> str | None:

@@ -1,25 +1,359 @@
-"""Tokenized documents to shuffled, packed batches, by Grain.
+"""Tokenized examples to shuffled, mixed, packed batches, as a Grain dataset.
 
-A row of a batch holds pieces of documents back to back. Keys of a batch, each Int32[b t]:
-tokens; segment_ids, which number a row's pieces from 1; positions, which restart with each piece.
-Without `repeat` the last row of the epoch may end in padding, whose segment id is 0.
+Keys of a batch, each Int32[b t]: tokens; segment_ids, which number a row's segments from 1, 0 where
+there is padding; positions, which restart with each segment. Where a store says which tokens are to
+be predicted, loss_mask, Bool[b t]. With `segments`, each Int32[b s] with a column for each segment:
+example, the number of its example, -1 where there is no such segment; and where examples have
+several segments, groups, the number in its row of the example it belongs to, from 1, 0 for none,
+and ranks, which count an example's segments down to 0 for the last and worst.
 
-Any row can be made by itself: of several processes each reads no more than its own rows, and an
-iterator goes on after a restart without going through what was before.
+An iterator's state is where the next batch begins: two numbers of the packer's, and the number of
+the batch. What comes next follows from them whatever the number of workers, and of processes, of
+which each reads no more than its own rows.
 """
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
+import dataclasses
 import functools
-import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
 
+from l4jax.data.mixture import Mixture
+from l4jax.data.packing import (
+    PACKINGS,
+    START,
+    WINDOW,
+    Cursor,
+    Efficiency,
+    Packer,
+    Plan,
+    efficiency,
+    rows_of,
+)
+from l4jax.data.store import MemoryStore
+
 Batch = dict[str, np.ndarray]
+Sizes = int | Callable[[int], int] | Sequence[tuple[int, int]]
+Rows = Sequence[int] | Callable[[int], Sequence[int]]
 KEYS = ("tokens", "segment_ids", "positions")
+
+
+def batches(
+    mixture: Mixture,
+    *,
+    length: int,
+    batch_size: Sizes,
+    seed: int | None,
+    packing: Literal["split", "best_fit", "none"] = "split",
+    rows: Rows | None = None,
+    segments: int | None = None,
+    workers: int = 0,
+) -> Batches:
+    """Batches of a mixture's examples.
+
+    Args:
+        mixture: which stores, how often, how many epochs. The last batch of the last epoch is
+            filled up with empty rows.
+        length: tokens per row.
+        batch_size: rows per batch; or a function of the batch's number; or a list of pairs (from
+            which batch on, rows), the first from batch 0.
+        seed: of the shuffle; None keeps the examples' order.
+        packing: "split" cuts documents at rows' ends and leaves no padding; "best_fit" puts whole
+            examples together; "none" has one example in a row.
+        rows: those of each batch to make here, all by default: numbers, or a function of the batch
+            size. Processes that take different ones see together what one process sees alone.
+        segments: the most segments in a row; asks for the keys that tell of them. Not with "split",
+            which takes what comes.
+        workers: threads that read ahead. Reading is copying, during which Python lets others run.
+
+    Raises:
+        ValueError: an argument is out of range, or an example does not fit a row.
+    """
+    settings = _Settings(length, batch_size, seed, packing, rows, segments, workers)
+    return Batches(mixture, settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """The arguments of `batches`."""
+
+    length: int
+    batch_size: Sizes
+    seed: int | None
+    packing: str
+    rows: Rows | None = None
+    segments: int | None = None
+    workers: int = 0
+    skip: int = 0
+    """Batches to leave out at the beginning; only where all have the same size."""
+    whole: bool = False
+    """Whether a last batch that is not full is left out."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batch_size, int) and (self.length < 1 or self.batch_size < 1):
+            raise ValueError(
+                f"length {self.length} and batch_size {self.batch_size} must be at least 1"
+            )
+        if self.length < 1 or self.workers < 0 or self.skip < 0:
+            raise ValueError(
+                f"length {self.length} must be at least 1, workers {self.workers} and skip "
+                f"{self.skip} must not be negative"
+            )
+        if self.packing not in PACKINGS:
+            known = ", ".join(PACKINGS)
+            raise ValueError(f"unknown packing {self.packing!r}; use one of {known}")
+        if self.segments is not None and (self.packing == "split" or self.segments < 1):
+            raise ValueError(
+                f"segments={self.segments} with packing={self.packing!r}: it must be at least 1, "
+                "and rows of 'split' hold as many as come"
+            )
+        if isinstance(self.batch_size, Sequence):
+            _check_ramp(self.batch_size)
+        self.rows_of(self.size(0))
+
+    def size(self, batch: int) -> int:
+        """Rows of a batch."""
+        if isinstance(self.batch_size, int):
+            return self.batch_size
+        if callable(self.batch_size):
+            size = int(self.batch_size(batch))
+            if size < 1:
+                raise ValueError(f"batch {batch} has size {size}; it must be at least 1")
+            return size
+        return next(size for begin, size in reversed(self.batch_size) if begin <= batch)
+
+    def rows_of(self, size: int) -> Sequence[int]:
+        """The rows to make of a batch of `size` rows."""
+        if self.rows is None:
+            return range(size)
+        rows = self.rows(size) if callable(self.rows) else self.rows
+        if not len(rows) or not all(0 <= row < size for row in rows):
+            raise ValueError(f"rows {list(rows)} must be some of the {size} of a batch")
+        return rows
+
+    def packer(self, mixture: Mixture) -> Packer:
+        """What plans the rows."""
+        limit = {} if self.packing == "split" else {"segments": self.segments}
+        make = PACKINGS[self.packing]
+        return make(mixture, length=self.length, seed=self.seed, **limit)
+
+
+def _check_ramp(sizes: Sequence[tuple[int, int]]) -> None:
+    begins = [begin for begin, _ in sizes]
+    if not begins or begins[0] != 0 or begins != sorted(set(begins)) or min(sizes)[1] < 1:
+        raise ValueError(
+            f"batch sizes {list(sizes)} must be pairs (from which batch on, rows), the first from "
+            "batch 0, later ones from later batches"
+        )
+    for begin, size in sizes:
+        if size < 1:
+            raise ValueError(f"batch size {size} from batch {begin} on must be at least 1")
+
+
+class Position(NamedTuple):
+    """Where a batch begins."""
+
+    cursor: Cursor
+    batch: int
+
+
+class Batches(grain.IterDataset):
+    """What `batches` returns."""
+
+    def __init__(self, mixture: Mixture, settings: _Settings) -> None:
+        super().__init__()
+        self._mixture, self.settings = mixture, settings
+        self._packer = settings.packer(mixture)
+        self.has_mask = any(store.has_mask for store in mixture.stores)
+        self._grouped = any(store.most_segments > 1 for store in mixture.stores)
+        if settings.segments is not None and mixture.first[-1] > 2**31:
+            raise ValueError(f"{mixture.first[-1]:,} examples are too many to number in 32 bits")
+
+    def __iter__(self) -> BatchIterator:
+        return BatchIterator(self)
+
+    def __str__(self) -> str:
+        return f"Batches({self.settings.packing}, {self.settings.length} tokens)"
+
+    def efficiency(self, *, rows: int = 10_000) -> Efficiency:
+        """How well the first rows are filled; made of lengths, nothing is read."""
+        return efficiency(self._packer, self.settings.length, rows=rows)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the data and of all that decides which rows come when: what a position counts.
+
+        Batches may grow or shrink on the way: the next one begins with the row that comes next.
+        """
+        settings, mixture = self.settings, self._mixture
+        parts = [
+            [store.meta["content"] for store in mixture.stores],
+            [str(weight) for weight in mixture.weights or ()],
+            [mixture.unit, mixture.epochs, WINDOW],
+            [settings.length, settings.seed, settings.packing, settings.segments],
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def start(self) -> Position:
+        """Where the first batch begins."""
+        cursor, size = START, self.settings.size(0)
+        left = self.settings.skip * size
+        while left:
+            plan, cursor = self._packer.take(cursor, min(left, 4096))
+            left = left - plan.rows if plan.rows else 0
+        return Position(cursor, self.settings.skip)
+
+    def plan(self, position: Position) -> tuple[Plan, Position]:
+        """The rows of a batch, no rows at the end, and where the next batch begins."""
+        size = self.settings.size(position.batch)
+        plan, cursor = self._packer.take(position.cursor, size)
+        if plan.rows < size:
+            whole = self.settings.whole
+            plan = plan._replace(rows=0 if whole or not plan.rows else size)
+        return plan, Position(cursor, position.batch + 1)
+
+    def read(self, plan: Plan) -> Batch:
+        """The batch that a plan describes: of its rows, those to make here."""
+        plan = rows_of(plan, self.settings.rows_of(plan.rows))
+        rows, stores, examples, starts, sizes = plan.pieces
+        used = np.bincount(rows, sizes, minlength=plan.rows)
+        filled = np.arange(self.settings.length) < used[:, None]
+        # A batch of empty rows only has no part to join.
+        tokens, masks = [np.zeros(0, np.int32)], [np.zeros(0, np.bool_)]
+        for number, example, start, size in plan.pieces[1:].T.tolist():
+            store = self._mixture.stores[number]
+            tokens.append(store.tokens(example, start, start + size))
+            if self.has_mask:
+                mask = store.loss_mask(example, start, start + size)
+                masks.append(np.ones(size, np.bool_) if mask is None else mask)
+        counts, lengths = self._segments(plan)
+        piece = np.repeat(np.arange(len(rows)), counts)
+        number = np.arange(len(piece)) - np.searchsorted(rows[piece], rows[piece])
+        begins = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        made: Batch = {
+            "tokens": _spread(filled, np.concatenate(tokens)),
+            "segment_ids": _spread(filled, np.repeat(number + 1, lengths)),
+            "positions": _spread(filled, np.arange(len(begins)) - begins),
+        }
+        if self.has_mask:
+            made["loss_mask"] = _spread(filled, np.concatenate(masks), np.bool_)
+        if self.settings.segments is None:
+            return made
+        place = np.arange(len(piece)) - np.repeat(np.cumsum(counts) - counts, counts)
+        told = {"example": (self._mixture.first[stores] + examples)[piece]}
+        if self._grouped:
+            told["groups"] = piece - np.searchsorted(rows, rows[piece]) + 1
+            told["ranks"] = counts[piece] - 1 - place
+        for name, value in told.items():
+            none = -1 if name == "example" else 0
+            made[name] = np.full((plan.rows, self.settings.segments), none, np.int32)
+            made[name][rows[piece], number] = value
+        return made
+
+    def _segments(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+        """How many segments each piece has, and the length of each segment."""
+        _, stores, examples, _, sizes = plan.pieces
+        if not self._grouped:
+            return np.ones_like(sizes), sizes
+        ends = [
+            self._mixture.stores[number].ends(example)
+            for number, example in zip(stores.tolist(), examples.tolist(), strict=True)
+        ]
+        counts = np.array([len(x) for x in ends], np.int64)
+        lengths = [np.diff(x, prepend=0) for x in ends]
+        return counts, np.concatenate([np.zeros(0, np.int64), *lengths])
+
+
+def _spread(filled: np.ndarray, values: np.ndarray, dtype: type = np.int32) -> np.ndarray:
+    """Values on the filled places of rows, row by row, and zeros on the others."""
+    made: np.ndarray = np.zeros(filled.shape, dtype)
+    made[filled] = values
+    return made
+
+
+class BatchIterator(grain.DatasetIterator):
+    """Batches one after another; its state is that of the batch that comes next.
+
+    Plans are made here, in turn; workers read what they say. A batch that was read ahead but not
+    yet taken is not part of the state, and is read again after a restart.
+    """
+
+    def __init__(self, data: Batches) -> None:
+        super().__init__()
+        self._data = data
+        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+        self._ahead: collections.deque[tuple[Any, Position]] = collections.deque()
+        self._place(data.start())
+
+    def _place(self, position: Position) -> None:
+        """Goes on from a position."""
+        while self._ahead:
+            self._ahead.pop()[0].cancel()
+        self._next = self._planned = position
+        self._ended = False
+
+    def __next__(self) -> Batch:
+        self._assert_not_closed()
+        workers = self._data.settings.workers
+        if not workers:
+            plan, after = self._data.plan(self._next)
+            if not plan.rows:
+                raise StopIteration
+            batch, self._next = self._data.read(plan), after
+            return batch
+        self._read_ahead(2 * workers)
+        if not self._ahead:
+            raise StopIteration
+        waiting, self._next = self._ahead.popleft()
+        return waiting.result()
+
+    def _read_ahead(self, count: int) -> None:
+        """Has `count` batches under way, if there are so many."""
+        if self._pool is None:
+            workers = self._data.settings.workers
+            self._pool = concurrent.futures.ThreadPoolExecutor(workers, "l4jax-data")
+        while len(self._ahead) < count and not self._ended:
+            plan, after = self._data.plan(self._planned)
+            self._ended = not plan.rows
+            if plan.rows:
+                self._ahead.append((self._pool.submit(self._data.read, plan), after))
+                self._planned = after
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the next batch begins, for JSON."""
+        return {
+            "cursor": list(self._next.cursor),
+            "batch": self._next.batch,
+            "data": self._data.fingerprint,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on where an iterator of the same data stood.
+
+        Raises:
+            ValueError: the state is of other data or other settings.
+        """
+        if state["data"] != self._data.fingerprint:
+            raise ValueError(
+                f"the state is of other data ({state['data']}, not {self._data.fingerprint}): "
+                "the examples, weights, epochs, packing, length, segments or seed changed"
+            )
+        first, second = state["cursor"]
+        self._place(Position((first, second), state["batch"]))
+
+    def close(self) -> None:
+        """Has the workers end with what they are reading."""
+        super().close()
+        self._place(self._next)
+        self._pool = None
 
 
 def packed(
@@ -31,11 +365,8 @@ def packed(
     repeat: bool = True,
     skip: int = 0,
     rows: Sequence[int] | None = None,
-) -> grain.IterDataset:
-    """Batches of rows of `length` tokens, every token of the documents used.
-
-    Documents are cut into pieces of at most `length` first, so that the shuffle mixes long ones
-    too. A piece that does not fit a row's end goes on in the next row as a segment of its own.
+) -> Batches:
+    """Batches of documents in memory, back to back: `batches` with "split", of one store.
 
     Args:
         documents: token ids of each.
@@ -43,113 +374,18 @@ def packed(
         batch_size: rows per batch; a last incomplete batch is dropped.
         seed: order of the shuffle, another one in each epoch; None keeps the documents' order.
         repeat: go on for ever instead of stopping after one epoch.
-        skip: batches to leave out at the beginning, at no cost: those that a run has seen.
-        rows: those of each batch to yield; all by default. Processes that take different ones see
-            together what one process sees alone.
+        skip: batches to leave out at the beginning, without reading them: those that a run has
+            seen.
+        rows: those of each batch to make; all by default.
 
     Raises:
         ValueError: a size is not positive, the documents do not fill one batch, or a row is not in
             the batch.
     """
-    if length < 1 or batch_size < 1:
-        raise ValueError(f"length {length} and batch_size {batch_size} must be at least 1")
-    if skip < 0:
-        raise ValueError(f"skip {skip} must not be negative")
-    rows = range(batch_size) if rows is None else rows
-    if not rows or not all(0 <= row < batch_size for row in rows):
-        raise ValueError(f"rows {list(rows)} must be some of the {batch_size} of a batch")
-    lengths = [len(document) for document in documents]
-    if sum(lengths) < length * batch_size:
+    settings = _Settings(length, batch_size, seed, "split", rows, skip=skip, whole=True)
+    tokens = sum(map(len, documents))
+    if tokens < length * batch_size:
         raise ValueError(
-            f"the documents hold {sum(lengths)} tokens, fewer than one batch of "
-            f"{batch_size} × {length}"
+            f"the documents hold {tokens} tokens, fewer than one batch of {batch_size} × {length}"
         )
-    stream = _Stream(documents, _cut(lengths, length), length, seed, repeat)
-    source = _Rows(stream, batch_size, skip, rows)
-    return grain.MapDataset.source(source).to_iter_dataset().batch(len(rows))
-
-
-class _Pieces(NamedTuple):
-    """Where every piece lies."""
-
-    documents: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-
-
-def _cut(lengths: Sequence[int], length: int) -> _Pieces:
-    """Documents of these lengths in pieces of at most `length`."""
-    sizes = np.asarray(lengths, np.int64)
-    counts = -(-sizes // length)
-    documents = np.repeat(np.arange(len(sizes)), counts)
-    first = np.repeat(np.cumsum(counts) - counts, counts)
-    starts = (np.arange(len(documents)) - first) * length
-    return _Pieces(documents, starts, np.minimum(sizes[documents] - starts, length))
-
-
-class _Stream:
-    """The rows that the shuffled pieces make, epoch after epoch without a gap."""
-
-    def __init__(
-        self,
-        documents: Sequence[Sequence[int]],
-        pieces: _Pieces,
-        length: int,
-        seed: int | None,
-        repeat: bool,
-    ) -> None:
-        self._documents, self._pieces, self._length = documents, pieces, length
-        self._seed, self._repeat = seed, repeat
-        self._tokens = int(pieces.lengths.sum())
-        # A row lies in two epochs at most unless an epoch is shorter; neighbours share them.
-        self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
-
-    def __len__(self) -> int:
-        return sys.maxsize if self._repeat else -(-self._tokens // self._length)
-
-    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The pieces of an epoch in their order, and where each one ends."""
-        count = len(self._pieces.lengths)
-        if self._seed is None:
-            order = np.arange(count)
-        else:
-            order = np.random.default_rng((self._seed, epoch)).permutation(count)
-        return order, np.cumsum(self._pieces.lengths[order])
-
-    def row(self, number: int) -> Batch:
-        """One row."""
-        made = {name: np.zeros(self._length, np.int32) for name in KEYS}
-        filled = segment = 0
-        while filled < self._length:
-            epoch, offset = divmod(number * self._length + filled, self._tokens)
-            if epoch > 0 and not self._repeat:
-                break
-            order, ends = self._epoch(epoch)
-            place = int(np.searchsorted(ends, offset, side="right"))
-            size = min(int(ends[place]) - offset, self._length - filled)
-            piece = order[place]
-            start = int(
-                self._pieces.starts[piece] + self._pieces.lengths[piece] - ends[place] + offset
-            )
-            where, segment = slice(filled, filled + size), segment + 1
-            document = self._documents[int(self._pieces.documents[piece])]
-            made["tokens"][where] = document[start : start + size]
-            made["segment_ids"][where] = segment
-            made["positions"][where] = np.arange(size)
-            filled += size
-        return made
-
-
-class _Rows:
-    """Some rows of every batch, one after another."""
-
-    def __init__(self, stream: _Stream, batch_size: int, skip: int, rows: Sequence[int]) -> None:
-        self._stream, self._batch_size, self._skip, self._rows = stream, batch_size, skip, rows
-
-    def __len__(self) -> int:
-        batches = len(self._stream) // self._batch_size - self._skip
-        return max(batches, 0) * len(self._rows)
-
-    def __getitem__(self, index: int) -> Batch:
-        batch, place = divmod(index, len(self._rows))
-        return self._stream.row((self._skip + batch) * self._batch_size + self._rows[place])
+    return Batches(Mixture([MemoryStore(documents)], epochs=None if repeat else 1), settings)
