@@ -256,7 +256,7 @@ class Subset:
 
     def __getitem__(self, number: int) -> Example:
         """An example."""
-        return self._store[self._numbers[number]]
+        return self._store[int(self._numbers[number])]
 
     @property
     def meta(self) -> dict[str, Any]:
