@@ -228,6 +228,23 @@ def test_an_edited_answer_comes_first_where_it_is_wanted(bpe):
     assert len(Preferences(bpe, edited=True)(PREFERENCES["texts"] | {"edited": None})) == 2
 
 
+def test_tokens_that_end_a_turn_are_left_out_where_they_shall_not_count(bpe):
+    ends = set(bpe.special.values())
+    for whole, part in zip(
+        Preferences(bpe)(PREFERENCES["texts"]),
+        Preferences(bpe, formatting=False)(PREFERENCES["texts"]),
+        strict=True,
+    ):
+        assert part.tokens == whole.tokens
+        learned, kept = (
+            [t for t, learns in zip(x.tokens, x.loss_mask, strict=True) if learns]
+            for x in (whole, part)
+        )
+        assert learned[-1] in ends
+        assert kept == learned[:-1]
+        assert not ends.intersection(kept)
+
+
 def test_preferences_for_base_models(bpe):
     chosen, rejected = Preferences(bpe, template=False)(PREFERENCES["texts"])
     assert bpe.decode(chosen.tokens) == "<|begin_of_text|>Hi 🎉good<|end_of_text|>"

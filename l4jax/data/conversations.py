@@ -244,11 +244,15 @@ class Preferences(_Encoder):
     Attributes:
         tokenizer: supplies the ids and the family's chat format.
         edited: whether an edited answer comes first, where there is one, and makes three segments.
+        formatting: whether tokens that end a turn are to be predicted. Llama 3's DPO leaves them
+            out: both answers have them, and what is pushed up and down at once makes a model repeat
+            itself or stop early (Dubey et al. 2024, §4.1.4).
         tool_format: how tool calls are written.
         template: False takes texts as they are, without turns: see `Conversations`.
     """
 
     edited: bool = False
+    formatting: bool = True
     tool_format: ToolFormat = "json"
     template: bool = True
 
@@ -268,7 +272,14 @@ class Preferences(_Encoder):
         answers = found.answers if self.edited else found.answers[-2:]
         if any(answer in answers[:n] for n, answer in enumerate(answers)):
             raise ValueError("two of the answers are the same; neither is better")
-        return [self._answer(found.prompt, answer) for answer in answers]
+        rendered = [self._answer(found.prompt, answer) for answer in answers]
+        return rendered if self.formatting else [self._content(x) for x in rendered]
+
+    def _content(self, rendered: Rendered) -> Rendered:
+        """The same tokens, of which special ones are not to be predicted."""
+        marks = frozenset(self.tokenizer.special.values())
+        pairs = zip(rendered.tokens, rendered.loss_mask, strict=True)
+        return Rendered(rendered.tokens, [learned and id not in marks for id, learned in pairs])
 
     def _answer(self, prompt: str | Messages, answer: str | Messages) -> Rendered:
         if not self.template:

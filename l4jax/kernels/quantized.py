@@ -29,6 +29,7 @@ DTYPES: dict[str, np.dtype] = {
     "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 _LARGEST = {"int8": 127.0, "int4": 8.0, "fp8": 448.0}
+_RANGES = {"int8": (-127, 127), "int4": (-8, 7), "fp8": (-448, 448)}
 GROUP = 128
 
 
@@ -100,26 +101,24 @@ def scale_shape(shape: tuple[int, ...], scheme: Scheme, *, group: int = GROUP) -
     return (*outer, inputs // group, outputs)
 
 
-def quantize(w: np.ndarray, scheme: Scheme, *, group: int = GROUP) -> tuple[np.ndarray, np.ndarray]:
+def quantize(w: Any, scheme: Scheme, *, group: int = GROUP) -> tuple[Any, Any]:
     """Values and float32 scales of a weight (…, inputs, outputs); see the module for the schemes.
+
+    NumPy in, NumPy out, else JAX.
 
     Raises:
         ValueError: int4's groups do not divide the inputs.
     """
+    numpy = np if isinstance(w, np.ndarray) else jnp
     outline = scale_shape(w.shape, scheme, group=group)
     *outer, groups, outputs = outline
     wide = w.astype(np.float32).reshape(*outer, groups, -1, outputs)
-    scale = np.abs(wide).max(axis=-2, keepdims=True)
+    scale = numpy.abs(wide).max(axis=-2, keepdims=True)
     # Meta's floor: a group of zeros must not divide by zero.
-    scale = np.maximum(scale, np.float32(1e-6)) / np.float32(_LARGEST[scheme])
-    scaled = wide / scale
-    if scheme == "fp8":
-        values = np.clip(scaled, -448, 448)
-    else:
-        values = np.clip(
-            np.rint(scaled), -8 if scheme == "int4" else -127, 7 if scheme == "int4" else 127
-        )
-        values = values.astype(np.int8)
+    scale = numpy.maximum(scale, np.float32(1e-6)) / np.float32(_LARGEST[scheme])
+    scaled = wide / scale if scheme == "fp8" else numpy.rint(wide / scale)
+    values = numpy.clip(scaled, *_RANGES[scheme])
+    values = values if scheme == "fp8" else values.astype(np.int8)
     return values.astype(DTYPES[scheme]).reshape(w.shape), scale.reshape(outline)
 
 

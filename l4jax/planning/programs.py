@@ -19,7 +19,7 @@ from l4jax.inference import decoding
 from l4jax.inference.sampling import Sampling
 from l4jax.models.llama4 import Llama, cache_specs
 from l4jax.planning.meshes import Task
-from l4jax.training import objectives, optimizers
+from l4jax.training import objectives, optimizers, schedules
 from l4jax.training.trainer import Update, batch_sharding, compiled
 
 _STOPS = 2
@@ -81,7 +81,7 @@ def program(
 
 
 def _update(model: Llama, batch: int, seq: int, *, packed: bool) -> tuple[Callable, tuple, dict]:
-    schedule = optimizers.warmup_cosine(1e-4, steps=10_000, warmup=100)
+    schedule = schedules.warmup_cosine(1e-4, steps=10_000, warmup=100)
     update = Update(model, objectives.next_token(), optimizers.adamw(schedule))
     state, place = update.abstract(), batch_sharding(batch, seq)
     names = ("tokens", "segment_ids", "positions") if packed else ("tokens",)
