@@ -222,7 +222,7 @@ def shardings(abstract: nnx.State) -> nnx.State:
 
 
 def beside(whole: PartitionSpec, shape: tuple[int, ...], scale: Any) -> PartitionSpec:
-    """The layout of a quantized weight's scales: cut where they have an entry for every one of it.
+    """The layout of a weight's scales or factors: cut where they have an entry for each of it.
 
     Along gathered dimensions they are whole, as the weight will be.
 
@@ -230,9 +230,9 @@ def beside(whole: PartitionSpec, shape: tuple[int, ...], scale: Any) -> Partitio
         ValueError: groups of the weight's rows are as large as there are shards.
     """
     sizes, kept = jax.sharding.get_abstract_mesh().shape, []
-    for axis, n, size in zip(whole, scale.shape, shape, strict=True):
+    for axis, n, size in zip(whole, scale.shape, shape, strict=False):
         cut = axis in ("tensor", "expert")
-        if cut and n * sizes.get(axis, 1) == size > n:
+        if cut and n * sizes.get(axis, 1) == size > n > 1:
             # `_part` could not tell such scales from those of each row.
             raise ValueError(f"{axis}={sizes[axis]} is the size of a quantized weight's groups")
         kept.append(axis if cut and n == size else None)
@@ -323,13 +323,13 @@ def exchange(x: jax.Array, split: int, join: int, *axes: str) -> jax.Array:
     return jax.lax.all_to_all(x, here, split, join, tiled=True) if here else x
 
 
-def read(param: nnx.Variable, dtype: Any) -> jax.Array:
+def read(param: nnx.Variable, dtype: Any) -> Any:
     """A parameter to compute with: whole along its gathered dimensions, in this type.
 
-    It travels in the narrower of its own type and `dtype`, and so does its gradient.
+    An array travels in the narrower of its own type and `dtype`, and so does its gradient.
     """
     value = param[...]
-    narrow = np.dtype(dtype).itemsize < np.dtype(value.dtype).itemsize
+    narrow = isinstance(value, jax.Array) and np.dtype(dtype).itemsize < value.dtype.itemsize
     if narrow:
         value = value.astype(dtype)
     for dim, (name, axes) in enumerate(zip(param_axes(param), param_mesh_axes(param), strict=True)):

@@ -17,9 +17,12 @@ import l4jax.checkpoints.huggingface as huggingface
 import l4jax.checkpoints.loading as loading
 import l4jax.checkpoints.meta as meta
 import l4jax.checkpoints.orbax as orbax
+from l4jax import weights
 from l4jax.checkpoints.formats import Format, Model, Source
 from l4jax.config import Execution, TextConfig
+from l4jax.lora import LowRank
 from l4jax.models.llama4 import Llama
+from l4jax.quantization import LowPrecision
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -124,10 +127,14 @@ def save(
 
     Raises:
         FileExistsError: something is already there.
-        ValueError: the format is unknown or cannot describe the model.
+        ValueError: the format is unknown or cannot describe the model, or a weight has an adapter
+            or low precision in its place.
     """
     if to not in ("orbax", "hf"):
         raise ValueError(f"format {to!r} must be one of orbax, hf; `convert` writes the others")
+    for kind, plain in ((LowRank, "lora.merge"), (LowPrecision, "quantization.full")):
+        for matrix in weights.standing(model, kind):
+            raise ValueError(f"{matrix.name} is no array but {kind.__name__}: {plain} gives one")
     with new_directory(path) as directory:
         if to == "orbax":
             orbax.save(model, directory)
