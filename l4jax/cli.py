@@ -282,7 +282,7 @@ class Plan(Output):
     """Generation and slice, such as v5p:4x4x4, v6e:16x16 or tpu7x:2x2x1."""
     slices: int = 1
     """Slices joined by the data centre's network; the data axis crosses them."""
-    task: Literal["train", "sft", "prefill", "decode"] = "train"
+    task: Literal["train", "sft", "dpo", "prefill", "decode"] = "train"
     """Step to compile."""
     mesh: str | None = None
     """Sizes of mesh axes, such as fsdp=4,expert=16; what suits the slice by default."""

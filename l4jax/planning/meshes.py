@@ -19,8 +19,10 @@ from l4jax import roofline, sharding
 from l4jax.config import Remat, TextConfig
 from l4jax.planning.chips import GIB, Topology
 
-Task = Literal["train", "sft", "prefill", "decode"]
+Task = Literal["train", "sft", "dpo", "prefill", "decode"]
 TASKS: tuple[Task, ...] = get_args(Task)
+UPDATES: tuple[Task, ...] = ("train", "sft", "dpo")
+"""Those with a backward pass."""
 Sizes = Mapping[str, int]
 
 
@@ -39,7 +41,7 @@ class Work:
     @property
     def trains(self) -> bool:
         """Whether there is a backward pass."""
-        return self.task in ("train", "sft")
+        return self.task in UPDATES
 
     @property
     def tokens(self) -> int:

@@ -18,12 +18,14 @@ from l4jax.config import Execution, TextConfig
 from l4jax.inference import decoding
 from l4jax.inference.sampling import Sampling
 from l4jax.models.llama4 import Llama, cache_specs
-from l4jax.planning.meshes import Task
+from l4jax.planning.meshes import UPDATES, Task
 from l4jax.training import objectives, optimizers, schedules
 from l4jax.training.trainer import Update, batch_sharding, compiled
 
 _STOPS = 2
 """Ids that end a row, when planning a decode step."""
+_SEGMENTS = 16
+"""Answers in a row, when planning preferences."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,8 @@ def program(
 
     Args:
         config: the architecture.
-        task: "train" reads rows of one document each, "sft" packed rows; both update float32
+        task: "train" reads rows of one document each, "sft" packed rows with masks, "dpo" packed
+            pairs with what their reference says of them, computed before; all update float32
             parameters with AdamW in float32. "prefill" fills a cache with prompts, "decode" adds
             one token to each context; both hold parameters in the type they compute in.
         batch: rows.
@@ -65,14 +68,14 @@ def program(
         execution: how the model computes.
         mesh: of devices that may belong to nobody here.
     """
-    rules = sharding.TRAINING if task in ("train", "sft") else sharding.SERVING
+    rules = sharding.TRAINING if task in UPDATES else sharding.SERVING
     if task == "decode":
         # A loop over layers would copy each one's experts for the kernels, at every step.
         execution = dataclasses.replace(execution, scan=False)
     with sharding.use(mesh, rules):
         model = nnx.eval_shape(lambda: Llama(config, execution=execution, rngs=nnx.Rngs(0)))
-        if task in ("train", "sft"):
-            function, arguments, parts = _update(model, batch, seq, packed=task == "sft")
+        if task in UPDATES:
+            function, arguments, parts = _update(model, batch, seq, task)
             return Program(mesh, rules, function, arguments, {}, parts)
         model = _placed(model, execution.dtype)
         make = _prefill if task == "prefill" else _decode
@@ -80,12 +83,20 @@ def program(
         return Program(mesh, rules, function, (model, *arguments), static, parts)
 
 
-def _update(model: Llama, batch: int, seq: int, *, packed: bool) -> tuple[Callable, tuple, dict]:
+def _update(model: Llama, batch: int, seq: int, task: Task) -> tuple[Callable, tuple, dict]:
     schedule = schedules.warmup_cosine(1e-4, steps=10_000, warmup=100)
-    update = Update(model, objectives.next_token(), optimizers.adamw(schedule))
+    objective = objectives.dpo() if task == "dpo" else objectives.next_token()
+    update = Update(model, objective, optimizers.adamw(schedule))
     state, place = update.abstract(), batch_sharding(batch, seq)
-    names = ("tokens", "segment_ids", "positions") if packed else ("tokens",)
-    rows = {name: jax.ShapeDtypeStruct((batch, seq), np.int32, sharding=place) for name in names}
+    kinds: dict[str, Any] = {"tokens": np.int32}
+    if task != "train":
+        kinds |= {"segment_ids": np.int32, "positions": np.int32, "loss_mask": np.bool_}
+    rows = {
+        name: jax.ShapeDtypeStruct((batch, seq), kind, sharding=place)
+        for name, kind in kinds.items()
+    }
+    if task == "dpo":
+        rows["reference"] = _array((batch, _SEGMENTS), np.float32, *place.spec[:1])
     parts = {"parameters": state.params, "optimizer": state.optimizer}
     return compiled(update), (state, rows), parts
 

@@ -36,6 +36,7 @@ PRESETS = (
     "llama3.1-70b",
     "llama3.1-405b",
 )
+TASKS: tuple[meshes.Task, ...] = ("train", "sft", "prefill", "decode")
 LARGE = {"v5p": "v5p:4x8x8", "v6e": "v6e:16x16", "tpu7x": "tpu7x:4x8x8"}
 SLICES = {"v5p": ("v5p:8x8x16", 2), "v6e": ("v6e:16x16", 4), "tpu7x": ("tpu7x:8x8x16", 2)}
 """What the largest model is trained on."""
@@ -70,7 +71,7 @@ def rows() -> Iterator[Row]:
     """The table: on each generation the smallest slice that should do, and a large one."""
     for preset in PRESETS:
         for generation, large in LARGE.items():
-            for task in meshes.TASKS:
+            for task in TASKS:
                 place = (large, 1)
                 if preset == "llama4-behemoth" and task in ("train", "sft"):
                     place = SLICES[generation]
