@@ -1,0 +1,262 @@
+"""Distillation: a small model learns from what a large one says of every next token, and from data.
+
+By default the model of `python -m experiments.pretrain` teaches one of half its width, from
+scratch, in about a minute:
+
+    python -m experiments.distill
+    python -m experiments.distill --soft 0        # hard targets alone, the baseline
+    python -m experiments.distill --teacher DIR --student llama3.2-1b --data corpus/*.jsonl --top 64
+
+The loss is `objectives.distill`: the weight of the teacher goes from --soft to --soft-end along
+half a cosine (`objectives.soft_weight`), that of the data's own tokens is the rest. Llama 4's
+report says that such weights changed through training, not how. The weight follows the number of
+the batch, which is part of where the data stand: a resumed run goes on with the same.
+
+The teacher answers while the student learns, on the same mesh or on one beside it (--teacher-mesh);
+or, with --cache, once for all batches of the run before it begins, as Llama 4's did for most data:
+later runs on the same batches read the answers, --top tokens and 8 bytes for each. Leaves what
+pre-training leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from etils import epath
+
+from experiments import recipe
+from l4jax import checkpoints, roofline, sharding
+from l4jax.config import TextConfig
+from l4jax.data import conversations, corpus, pipeline, tokenizing
+from l4jax.data import tokenizer as tokenizers
+from l4jax.data.mixture import Mixture
+from l4jax.data.tokenizer import Tokenizer
+from l4jax.planning import meshes
+from l4jax.training import hooks, loop, objectives, teacher
+from l4jax.training.trainer import Training, evaluate, spread
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distill(recipe.Recipe):
+    """Leaves of the recipe."""
+
+    out: str = "runs/distill"
+    batch: int = 4
+    teacher: str = "runs/pretrain/model"
+    """A checkpoint in any format, with its tokenizer; parameters stay as stored."""
+    student: str | None = None
+    """A preset; by default the teacher's architecture at half its width."""
+    soft: float = 1.0
+    """Weight of the teacher at the first step; 0 with --soft-end 0 does without one."""
+    soft_end: float = 0.0
+    """Weight of the teacher at the last step."""
+    temperature: float = 1.0
+    """Above 1, tokens that are unlikely to the teacher count for more."""
+    top: int = 32
+    """Tokens that the teacher tells the probability of, the likeliest ones."""
+    cache: str | None = None
+    """Folder of the teacher's answers, under --out unless it is absolute: made if it is missing. On
+    a disk that all hosts see."""
+    teacher_mesh: str | None = None
+    """Sizes of mesh axes for the teacher, on the devices behind those of --mesh."""
+    balance: float = 0.01
+    """Weight of the load balance between experts."""
+    files: recipe.Files = recipe.Files(too_long="split")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("soft", "soft_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 0 and at most 1")
+        if self.top < 1 or not self.temperature > 0:
+            raise ValueError(
+                f"top {self.top} must be at least 1, temperature {self.temperature} above 0"
+            )
+        if self.teacher_mesh is not None:
+            meshes.parse(self.teacher_mesh)
+
+    @property
+    def taught(self) -> bool:
+        """Whether there is a teacher."""
+        return self.soft > 0 or self.soft_end > 0
+
+
+def run(settings: Distill) -> loop.Result:
+    recipe.check_there(settings.teacher, "--teacher")
+    recipe.begin(settings)
+    tokenizer = tokenizers.load(settings.teacher)
+    train, held_out = data(settings, tokenizer)
+    config = student_config(settings)
+    recipe.check_vocabulary(tokenizer, config)
+    recipe.check_length(settings, config)
+    kept = []
+    if held_out is not None:
+        kept = recipe.held_out_batches(held_out, settings, packing="split")
+    batches: Any = recipe.training_batches(train, settings, packing="split")
+    objective = objectives.next_token(balance=settings.balance)
+    if settings.taught:
+        batches = taught(batches, kept, settings)
+        objective = objectives.distill(temperature=settings.temperature, balance=settings.balance)
+    schedule, optimizer = settings.optimization.make(settings.run.steps)
+    training = Training(
+        recipe.new_model(config, settings),
+        objective,
+        optimizer,
+        accumulate=settings.optimization.accumulate,
+    )
+    size, of = roofline.parameters(config), checkpoints.read_config(settings.teacher)
+    recipe.say(f"{size.total:,} parameters; the teacher has {roofline.parameters(of).total:,}")
+    every: list[hooks.Hook] = []
+    if kept:
+        measure = hooks.evaluate(objectives.next_token(), kept)
+        every.append(hooks.every(settings.run.evaluate_every, measure))
+    result = loop.fit(
+        training,
+        batches,
+        settings.folder,
+        settings=settings.run,
+        schedule=schedule,
+        hooks=every,
+        resume=settings.resume,
+        console=recipe.CONSOLE,
+    )
+    recipe.finish(settings, training, tokenizer)
+    return result
+
+
+def data(settings: Distill, tokenizer: Tokenizer) -> tuple[Mixture, Mixture | None]:
+    """What to train on, and what is only measured on."""
+    encode = conversations.Documents(tokenizer)
+    if settings.files.data:
+        train = recipe.stores(settings.files.data, encode, settings, "train")
+        rest = recipe.stores(settings.files.eval_data, encode, settings, "held-out")
+        return Mixture(train, settings.files.weights), Mixture(rest) if rest else None
+    with recipe.told("Collecting and tokenizing the standard library"):
+        texts = corpus.standard_library()
+        sides = [
+            tokenizing.encoded([{"text": text} for text in side], encode)
+            for side in (texts.train, texts.held_out)
+        ]
+    return Mixture(sides[:1]), Mixture(sides[1:])
+
+
+def student_config(settings: Distill) -> TextConfig:
+    """The student's architecture.
+
+    Raises:
+        ValueError: teacher and student have different vocabularies.
+    """
+    of = checkpoints.read_config(settings.teacher)
+    config = half(of) if settings.student is None else recipe.preset(settings.student)
+    if config.vocab_size != of.vocab_size:
+        raise ValueError(
+            f"the teacher has {of.vocab_size} tokens, student {settings.student} "
+            f"{config.vocab_size}: it could not say what the teacher says"
+        )
+    return config
+
+
+def half(config: TextConfig) -> TextConfig:
+    """The architecture with half the heads and every width halved, but not the heads' own."""
+    attention, moe = config.attention, config.moe
+    return dataclasses.replace(
+        config,
+        embed_dim=config.embed_dim // 2,
+        mlp_dim=config.mlp_dim // 2,
+        attention=dataclasses.replace(
+            attention,
+            num_heads=max(1, attention.num_heads // 2),
+            num_kv_heads=max(1, attention.num_kv_heads // 2),
+        ),
+        moe=moe
+        and dataclasses.replace(
+            moe, mlp_dim=moe.mlp_dim // 2, shared_mlp_dim=moe.shared_mlp_dim // 2
+        ),
+    )
+
+
+# --- The teacher ---------------------------------------------------------------------------------
+def taught(batches: pipeline.Batches, kept: Iterable[pipeline.Batch], settings: Distill) -> Any:
+    """The batches with what the teacher says of them, and its weight.
+
+    Args:
+        batches: of the run.
+        kept: held-out batches, for the teacher's own loss; it is not measured if its answers are
+            on the disk already.
+        settings: of the run.
+    """
+
+    def weigh(number: int, batch: Any) -> dict[str, Any]:
+        weight = objectives.soft_weight(
+            number, settings.run.steps, first=settings.soft, last=settings.soft_end
+        )
+        return {**batch, "soft_weight": weight}
+
+    if settings.cache is None:
+        answers = ask(settings, kept)
+    else:
+        folder = settings.folder / settings.cache
+        if "://" in str(folder):
+            raise ValueError(f"cache {folder} must be on a disk, as it is read by memory maps")
+        if not folder.exists():
+            fill(folder, batches, settings, kept)
+        answers = teacher.Cache(folder)
+    return batches.map(answers).map_with_index(weigh)
+
+
+def ask(settings: Distill, kept: Iterable[pipeline.Batch]) -> Any:
+    """A function that adds the answers of the teacher, which is loaded, to a batch."""
+    kept, mesh = list(kept), None
+    if settings.teacher_mesh is not None:
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"teacher_mesh {settings.teacher_mesh}: a teacher on other devices is for runs of "
+                "one process"
+            )
+        sizes = meshes.parse(settings.teacher_mesh)
+        used = jax.sharding.get_mesh().size or 1
+        mesh = sharding.make_mesh(jax.devices()[used:], **sizes)
+    with settings.place.use() if mesh is None else sharding.use(mesh):
+        model = checkpoints.load(settings.teacher, execution=settings.place.execution)
+        if kept:
+            loss = evaluate(model, objectives.next_token(), kept)["loss"]
+            recipe.say(f"the teacher's loss on held-out data: {loss:.4f}")
+    answers = teacher.top_tokens(model, settings.top, mesh=mesh)
+    return answers if mesh is not None else lambda batch: answers(spread(batch))
+
+
+def fill(
+    folder: epath.Path, batches: pipeline.Batches, settings: Distill, kept: Iterable[pipeline.Batch]
+) -> None:
+    """Writes what the teacher says of all batches of a run."""
+    steps = settings.run.steps
+    with recipe.told(f"The teacher answers {steps:,} batches"):
+        rows = teacher.save(folder, ask(settings, kept), itertools.islice(batches, steps))
+    recipe.say(f"the teacher's answers on {rows:,} rows: {folder}")
+
+
+POD = Distill(
+    out="",
+    teacher="",
+    student="llama4-scout",
+    cache="teacher",
+    top=64,
+    length=8192,
+    batch=128,
+    run=loop.Settings(
+        steps=10_000, checkpoint_every=500, checkpoint_minutes=20.0, evaluate_every=500
+    ),
+    # Experts of both models lie on 16 devices, and on 8 more dimensions each.
+    place=recipe.Place(mesh="fsdp=8,expert=16", dtype="bfloat16", remat="full"),
+    optimization=recipe.Optimization(learning_rate=3e-4, warmup=500),
+    files=recipe.Files(too_long="split", workers=4),
+)
+PRESETS = {"scout-from-maverick-v5p-128": POD}
+
+if __name__ == "__main__":
+    sys.exit(recipe.main(Distill(), run, PRESETS, __doc__))

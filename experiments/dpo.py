@@ -1,0 +1,195 @@
+"""Direct preference optimization, as Llama 3 and 4 do it, and its variants.
+
+By default the model of `python -m experiments.sft` learns to prefer real docstrings to corrupted
+ones, in about a minute:
+
+    python -m experiments.dpo
+    python -m experiments.dpo --checkpoint DIR --data pairs.jsonl --beta 0.1 --nll 0.2
+    python -m experiments.dpo --checkpoint DIR --data pairs.jsonl --kind ipo --rank 16
+
+Records have chosen and rejected answers, to a shared prompt or each with its own conversation. A
+pair lies in one row, so pairs are packed like anything else. What the reference model, which is the
+model itself before training, says of every pair is computed once before the first step; with
+adapters the model without them says it in every step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import numpy as np
+
+from experiments import recipe
+from l4jax import lora
+from l4jax.data import conversations, corpus, tokenizing
+from l4jax.data import tokenizer as tokenizers
+from l4jax.data.mixture import Mixture
+from l4jax.data.tokenizer import Tokenizer
+from l4jax.models.llama4 import Llama
+from l4jax.training import filtering, hooks, loop, objectives, teacher
+from l4jax.training.trainer import Training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dpo(recipe.Recipe):
+    """Leaves of the recipe."""
+
+    out: str = "runs/dpo"
+    checkpoint: str = "runs/sft/model"
+    """The model to start from, in any format, with its tokenizer."""
+    tokenizer: str | None = None
+    """File or folder, if it is not beside the checkpoint."""
+    beta: float = 0.1
+    """How closely the model stays to its reference: the larger, the closer."""
+    kind: objectives.Preference = "sigmoid"
+    """Loss of a pair."""
+    label_smoothing: float = 0.0
+    """Share of the pairs whose labels are taken to be wrong."""
+    nll: float = 0.2
+    """Weight of the chosen answer's cross-entropy."""
+    length_normalized: bool = False
+    """Whether rewards are means over an answer's tokens instead of sums."""
+    reference_free: bool = False
+    """Whether there is no reference."""
+    formatting: bool = False
+    """Whether headers and tokens that end a turn count, which Llama 3 leaves out."""
+    pairs: int = 8
+    """Most pairs in a row."""
+    balance: float = 0.0
+    """Weight of the load balance between experts."""
+    export: bool = False
+    """Also write Hugging Face's files."""
+    adapters: recipe.Adapters = recipe.Adapters()
+    run: loop.Settings = loop.Settings(steps=100, checkpoint_every=50, evaluate_every=25)
+    optimization: recipe.Optimization = recipe.Optimization(
+        learning_rate=3e-4, weight_decay=0.0, schedule="linear"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pairs < 1:
+            raise ValueError(f"pairs {self.pairs} must be at least 1")
+        objective(self)
+
+
+def run(settings: Dpo) -> loop.Result:
+    recipe.begin(settings)
+    tokenizer = tokenizers.load(settings.tokenizer or settings.checkpoint)
+    train, held_out = data(settings, tokenizer)
+    model = recipe.load_model(settings.checkpoint, settings)
+    recipe.check_vocabulary(tokenizer, model.config)
+    recipe.check_length(settings, model.config)
+    batches = recipe.training_batches(
+        train, settings, packing="best_fit", segments=2 * settings.pairs
+    )
+    kept = recipe.held_out_batches(
+        held_out or train, settings, packing="best_fit", segments=2 * settings.pairs
+    )
+    if needs_table(settings):
+        add = reference(model, train, settings)
+        batches = batches.map(add)
+        refer = teacher.reference(model, 2 * settings.pairs)
+        kept = [refer(batch) for batch in kept]
+    model, trainable = settings.adapters.apply(model, settings.seed)
+    schedule, optimizer = settings.optimization.make(settings.run.steps)
+    training = Training(
+        model,
+        objective(settings),
+        optimizer,
+        accumulate=settings.optimization.accumulate,
+        trainable=trainable,
+    )
+    every = []
+    if held_out is not None:
+        measure = hooks.evaluate(objective(settings), kept)
+        every.append(hooks.every(settings.run.evaluate_every, measure))
+    result = loop.fit(
+        training,
+        batches,
+        settings.folder,
+        settings=settings.run,
+        schedule=schedule,
+        hooks=every,
+        resume=settings.resume,
+        console=recipe.CONSOLE,
+    )
+    recipe.finish(settings, training, tokenizer, export=settings.export)
+    return result
+
+
+def objective(settings: Dpo) -> objectives.Objective:
+    """The loss that the leaves describe."""
+    adapted = settings.adapters.rank > 0 and not settings.reference_free
+
+    def base(model: Llama, batch: Any) -> Any:
+        return objectives.segment_log_probs(lora.base(model), batch, segments=2 * settings.pairs)
+
+    return objectives.dpo(
+        settings.beta,
+        kind=settings.kind,
+        label_smoothing=settings.label_smoothing,
+        nll=settings.nll,
+        length_normalized=settings.length_normalized,
+        reference=base if adapted else None,
+        reference_free=settings.reference_free,
+        balance=settings.balance,
+    )
+
+
+def data(settings: Dpo, tokenizer: Tokenizer) -> tuple[Mixture, Mixture | None]:
+    """What to train on, and what is only measured on."""
+    encode = conversations.Preferences(tokenizer, formatting=settings.formatting)
+    if settings.files.data:
+        train = recipe.stores(settings.files.data, encode, settings, "train")
+        rest = recipe.stores(settings.files.eval_data, encode, settings, "held-out")
+        return Mixture(train, settings.files.weights), Mixture(rest) if rest else None
+    with recipe.told("Mining the standard library for better and worse answers"):
+        pairs = corpus.preferences()
+        sides = [tokenizing.encoded(side, encode) for side in (pairs.train, pairs.held_out)]
+    return Mixture(sides[:1]), Mixture(sides[1:])
+
+
+def needs_table(settings: Dpo) -> bool:
+    """Whether the reference is a model of its own."""
+    return not settings.reference_free and settings.adapters.rank == 0
+
+
+def reference(model: Llama, mixture: Mixture, settings: Dpo) -> Any:
+    """A function that adds to batches what the model, as it is now, says of their pairs."""
+    compute = teacher.reference(model, 2 * settings.pairs)
+    table = np.zeros((int(mixture.first[-1]), 2), np.float32)
+    with recipe.told(f"Asking the reference about {len(table):,} pairs"):
+        for store, first in zip(mixture.stores, mixture.first, strict=False):
+            for batch in recipe.one_epoch(store, settings, segments=2 * settings.pairs):
+                arrays = compute(batch)["reference"], batch["example"], batch["ranks"]
+                found, examples, ranks = (filtering.gathered(x) for x in arrays)
+                there = examples >= 0
+                table[first + examples[there], 1 - ranks[there]] = found[there]
+
+    def add(batch: Any) -> Any:
+        # The last column of a row that has less pairs is looked up too, and masked.
+        found = table[batch["example"], 1 - batch["ranks"]]
+        return {**batch, "reference": np.where(batch["example"] >= 0, found, 0)}
+
+    return add
+
+
+POD = Dpo(
+    out="",
+    checkpoint="",
+    length=8192,
+    run=loop.Settings(
+        steps=1000, checkpoint_every=250, checkpoint_minutes=20.0, evaluate_every=250
+    ),
+    place=recipe.Place(dtype="bfloat16", remat="full"),
+    optimization=recipe.Optimization(
+        learning_rate=1e-6, warmup=50, weight_decay=0.0, schedule="linear"
+    ),
+    files=recipe.Files(workers=4),
+)
+PRESETS = {name: recipe.on_pod(POD, name) for name in ("scout-v5p-64", "maverick-v5p-128")}
+
+if __name__ == "__main__":
+    sys.exit(recipe.main(Dpo(), run, PRESETS, __doc__))

@@ -1,0 +1,147 @@
+"""Supervised fine-tuning on conversations: the whole model, or adapters (LoRA, QLoRA).
+
+By default the model of `python -m experiments.pretrain` learns to answer questions about Python
+functions, mined from the standard library's docstrings and signatures, in about a minute:
+
+    python -m experiments.sft
+    python -m experiments.sft --checkpoint DIR --data mine.jsonl --export
+    python -m experiments.sft --checkpoint DIR --data mine.jsonl --rank 16 --quantize int4
+
+Records may be of the forms that `l4jax.data.conversations` lists. Loss is on what the assistant
+says. `--keep-hardest 0.5` leaves out the half of the examples that a model finds easiest, as was
+done for Llama 4. Leaves what pre-training leaves; with adapters also `adapter/`, with `--export`
+Hugging Face's files in `export/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from experiments import recipe
+from l4jax import checkpoints
+from l4jax.data import conversations, corpus, tokenizing
+from l4jax.data import tokenizer as tokenizers
+from l4jax.data.mixture import Mixture
+from l4jax.data.store import Subset
+from l4jax.data.tokenizer import Tokenizer
+from l4jax.models.llama4 import Llama
+from l4jax.training import filtering, hooks, loop, objectives
+from l4jax.training.trainer import Training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sft(recipe.Recipe):
+    """Leaves of the recipe."""
+
+    out: str = "runs/sft"
+    checkpoint: str = "runs/pretrain/model"
+    """The model to start from, in any format, with its tokenizer."""
+    tokenizer: str | None = None
+    """File or folder, if it is not beside the checkpoint."""
+    learn: conversations.Learn = "assistant"
+    """Loss on all of the assistant's turns, its last one, or all turns of everybody."""
+    keep_hardest: float = 1.0
+    """Part of the examples to keep: those with the largest loss."""
+    scorer: str | None = None
+    """The checkpoint that says which examples are easy; the model itself by default."""
+    balance: float = 0.0
+    """Weight of the load balance between experts."""
+    export: bool = False
+    """Also write Hugging Face's files."""
+    adapters: recipe.Adapters = recipe.Adapters()
+    run: loop.Settings = loop.Settings(steps=200, checkpoint_every=100, evaluate_every=50)
+    optimization: recipe.Optimization = recipe.Optimization(learning_rate=2e-3, weight_decay=0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.keep_hardest <= 1:
+            raise ValueError(f"keep_hardest {self.keep_hardest} must be above 0 and at most 1")
+        if self.scorer and self.keep_hardest == 1:
+            raise ValueError(f"scorer {self.scorer} has nothing to say with --keep-hardest 1")
+
+
+def run(settings: Sft) -> loop.Result:
+    recipe.begin(settings)
+    tokenizer = tokenizers.load(settings.tokenizer or settings.checkpoint)
+    train, held_out = data(settings, tokenizer)
+    model = recipe.load_model(settings.checkpoint, settings)
+    recipe.check_vocabulary(tokenizer, model.config)
+    recipe.check_length(settings, model.config)
+    if settings.keep_hardest < 1:
+        train = filter_easy(train, model, settings)
+    model, trainable = settings.adapters.apply(model, settings.seed)
+    batches = recipe.training_batches(train, settings, packing="best_fit")
+    recipe.say(f"{batches.efficiency(rows=1000).padding:.1%} of the rows is padding")
+    schedule, optimizer = settings.optimization.make(settings.run.steps)
+    training = Training(
+        model,
+        objectives.next_token(balance=settings.balance),
+        optimizer,
+        accumulate=settings.optimization.accumulate,
+        trainable=trainable,
+    )
+    every = []
+    if held_out is not None:
+        kept = recipe.held_out_batches(held_out, settings, packing="best_fit")
+        measure = hooks.evaluate(objectives.next_token(), kept)
+        every.append(hooks.every(settings.run.evaluate_every, measure))
+    result = loop.fit(
+        training,
+        batches,
+        settings.folder,
+        settings=settings.run,
+        schedule=schedule,
+        hooks=every,
+        resume=settings.resume,
+        console=recipe.CONSOLE,
+    )
+    recipe.finish(settings, training, tokenizer, export=settings.export)
+    return result
+
+
+def data(settings: Sft, tokenizer: Tokenizer) -> tuple[Mixture, Mixture | None]:
+    """What to train on, and what is only measured on."""
+    encode = conversations.Conversations(tokenizer, learn=settings.learn)
+    if settings.files.data:
+        train = recipe.stores(settings.files.data, encode, settings, "train")
+        rest = recipe.stores(settings.files.eval_data, encode, settings, "held-out")
+        return Mixture(train, settings.files.weights), Mixture(rest) if rest else None
+    with recipe.told("Mining the standard library for questions and answers"):
+        pairs = corpus.instructions()
+        sides = [tokenizing.encoded(side, encode) for side in (pairs.train, pairs.held_out)]
+    return Mixture(sides[:1]), Mixture(sides[1:])
+
+
+def filter_easy(mixture: Mixture, model: Llama, settings: Sft) -> Mixture:
+    """The mixture without the examples that a model finds easiest, store by store."""
+    if settings.scorer:
+        model = checkpoints.load(settings.scorer, execution=settings.place.execution)
+    stores = []
+    for store in mixture.stores:
+        with recipe.told(f"Measuring how hard {len(store):,} examples are"):
+            batches = recipe.one_epoch(store, settings)
+            losses = filtering.example_losses(model, batches, len(store))
+        kept = filtering.hardest(losses, settings.keep_hardest)
+        recipe.say(
+            f"kept {len(kept):,} of {len(store):,} examples: losses from {losses[kept].min():.3f}"
+        )
+        stores.append(Subset(store, kept))
+    return Mixture(stores, mixture.weights)
+
+
+POD = Sft(
+    out="",
+    checkpoint="",
+    length=8192,
+    run=loop.Settings(
+        steps=5000, checkpoint_every=500, checkpoint_minutes=20.0, evaluate_every=500
+    ),
+    place=recipe.Place(dtype="bfloat16", remat="full"),
+    optimization=recipe.Optimization(learning_rate=1e-5, warmup=100, weight_decay=0.0),
+    files=recipe.Files(workers=4),
+)
+PRESETS = {name: recipe.on_pod(POD, name) for name in ("scout-v5p-64", "maverick-v5p-128")}
+
+if __name__ == "__main__":
+    sys.exit(recipe.main(Sft(), run, PRESETS, __doc__))
