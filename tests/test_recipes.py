@@ -1,5 +1,6 @@
 """The recipes, one after another, on a user's own files: trained, exported, killed, refused."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,7 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import dpo, pretrain, recipe, sft
+from experiments import distill, dpo, pretrain, recipe, sft
+from experiments import midtrain_long_context as midtrain
 from l4jax import checkpoints, lora
 from l4jax.data import tokenizer as tokenizers
 from l4jax.training import tracking
@@ -193,6 +195,22 @@ def test_a_malformed_record_is_named(files, pretrained, tmp_path, monkeypatch, c
     assert call(*begin, "--out", tmp_path / "b", *given, *SMALL, *skip) == 0
     report = json.loads((tmp_path / "b" / "data" / "train-0" / "report.json").read_text())
     assert (report["kept"], report["refused"]) == (48, 2)
+
+
+def leaves(section):
+    """One line for everything that can be set, in sections that the command line flattens."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value)
+        else:
+            yield f"  --{field.name.replace('_', '-')}: {field.type} = {value!r}\n"
+
+
+def test_everything_that_can_be_set_is_listed(golden):
+    recipes = (pretrain.Pretrain, midtrain.Midtrain, sft.Sft, dpo.Dpo, distill.Distill)
+    text = "".join(f"{kind.__name__}\n{''.join(leaves(kind()))}" for kind in recipes)
+    golden("recipes.txt", text)
 
 
 # --- Killed --------------------------------------------------------------------------------------
