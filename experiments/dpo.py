@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from experiments import recipe
-from l4jax import lora
+from l4jax import checkpoints, lora
 from l4jax.data import conversations, corpus, tokenizing
 from l4jax.data import tokenizer as tokenizers
 from l4jax.data.mixture import Mixture
@@ -69,6 +69,7 @@ class Dpo(recipe.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        recipe.check_whole(self)
         if self.pairs < 1:
             raise ValueError(f"pairs {self.pairs} must be at least 1")
         objective(self)
@@ -77,10 +78,11 @@ class Dpo(recipe.Recipe):
 def run(settings: Dpo) -> loop.Result:
     recipe.begin(settings)
     tokenizer = tokenizers.load(settings.tokenizer or settings.checkpoint)
+    config = checkpoints.read_config(settings.checkpoint)
+    recipe.check_vocabulary(tokenizer, config)
+    recipe.check_length(settings, config)
     train, held_out = data(settings, tokenizer)
     model = recipe.load_model(settings.checkpoint, settings)
-    recipe.check_vocabulary(tokenizer, model.config)
-    recipe.check_length(settings, model.config)
     batches = recipe.training_batches(
         train, settings, packing="best_fit", segments=2 * settings.pairs
     )
@@ -148,6 +150,7 @@ def data(settings: Dpo, tokenizer: Tokenizer) -> tuple[Mixture, Mixture | None]:
     with recipe.told("Mining the standard library for better and worse answers"):
         pairs = corpus.preferences()
         sides = [tokenizing.encoded(side, encode) for side in (pairs.train, pairs.held_out)]
+        sides = [recipe.fitting(side, settings) for side in sides]
     return Mixture(sides[:1]), Mixture(sides[1:])
 
 

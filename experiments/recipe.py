@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import signal
@@ -18,7 +19,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import matplotlib.figure
+import numpy as np
 import tyro
 from etils import epath
 from flax import nnx
@@ -90,6 +93,12 @@ class Optimization:
     accumulate: int = 1
     """Pieces that a batch is cut into, to save memory."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.learning_rate < 1e3:
+            raise ValueError(f"learning_rate {self.learning_rate} must be above 0 and below 1000")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate {self.accumulate} must be at least 1")
+
     def make(self, steps: int) -> tuple[Any, Any]:
         """Learning rate by step, and the optimizer."""
         schedule = schedules.schedule(
@@ -124,6 +133,14 @@ class Files:
     workers: int = 0
     """Processes that tokenize, and threads that read ahead."""
 
+    def __post_init__(self) -> None:
+        if (self.eval_data or self.weights) and not self.data:
+            raise ValueError("eval_data and weights belong to data of your own: give --data too")
+        if self.weights and len(self.weights) != len(self.data):
+            raise ValueError(
+                f"weights {self.weights}: give one for each of {len(self.data)} --data"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapters:
@@ -147,6 +164,8 @@ class Adapters:
             raise ValueError(
                 f"rank {self.rank} must not be negative, and without adapters for --frozen"
             )
+        if self.group < 1:
+            raise ValueError(f"group {self.group} must be at least 1")
         if self.quantize and not self.rank:
             raise ValueError(f"quantize {self.quantize} trains adapters: give them a --rank")
 
@@ -190,6 +209,10 @@ class Recipe:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed} must be from 0 to {2**32 - 1}")
         self.optimization.make(self.run.steps)  # refuses what does not go together
+        if self.batch % self.optimization.accumulate:
+            raise ValueError(
+                f"accumulate {self.optimization.accumulate} does not divide batch {self.batch}"
+            )
 
     @property
     def folder(self) -> epath.Path:
@@ -228,6 +251,8 @@ def main(
     if not chosen.out:
         print(f"--preset {name} needs --out, a folder or address", file=sys.stderr)
         return 2
+    # What goes wrong in writing is an event of the run, told in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         distributed.initialize()
         with chosen.place.use():
@@ -284,9 +309,15 @@ def begin(recipe: Recipe) -> None:
         check_there(start)
     if (folder / "checkpoints").exists() and not recipe.resume:
         raise ValueError(f"{folder}: holds a run; add --resume to go on, or choose another --out")
+    text = json.dumps(dataclasses.asdict(recipe), indent=1)
+    if (folder / "checkpoints").exists() and (folder / "config.json").exists():
+        # Refused before anything is changed.
+        then = json.loads((folder / "config.json").read_text())
+        changed = list(checkpointing.differences(then, json.loads(text), free=loop.FREE))
+        if changed:
+            raise ValueError(f"{folder}: holds another run: {'; '.join(changed)}")
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(recipe), indent=1)
         checkpointing.write(folder / "config.json", text + "\n")
 
 
@@ -310,6 +341,12 @@ def check_there(path: str, leaf: str = "--checkpoint") -> None:
             f"{path or leaf}: no such checkpoint; give one with {leaf}, or make the default one: "
             "experiments.pretrain comes before sft, and sft before dpo"
         )
+
+
+def check_whole(recipe: Recipe) -> None:
+    """Whether examples stay whole, as conversations must."""
+    if recipe.files.too_long == "split":
+        raise ValueError("too_long split is for documents; use drop or raise")
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: TextConfig) -> None:
@@ -339,10 +376,19 @@ def stores(paths: Sequence[str], encode: Any, recipe: Recipe, name: str) -> list
         name = f"{name}-{jax.process_index()}"
     found = []
     for number, path in enumerate(paths):
+        folder = _cache(recipe) / f"{name}-{number}"
+        try:
+            source = sources.Source(path)
+        except FileNotFoundError:
+            if not recipe.resume or not (folder / "meta.json").exists():
+                raise
+            say(f"{path}: is gone; going on with its tokens in {folder}")
+            found.append(store.Store(folder))
+            continue
         made = tokenizing.tokenize(
-            sources.Source(path),
+            source,
             encode,
-            _cache(recipe) / f"{name}-{number}",
+            folder,
             max_length=None if cut else recipe.length,
             too_long=recipe.files.too_long,
             on_error=recipe.files.on_error,
@@ -400,6 +446,16 @@ def held_out_batches(
     return [batch for _, batch in zip(range(most), batches, strict=False)]
 
 
+def fitting(examples: Any, recipe: Recipe) -> Any:
+    """A store's examples that are no longer than a row."""
+    numbers = np.flatnonzero(examples.lengths <= recipe.length)
+    if not len(numbers):
+        raise ValueError(f"no example is as short as --length {recipe.length}")
+    if len(numbers) < len(examples):
+        say(f"{len(examples) - len(numbers):,} examples are longer than a row and left out")
+    return store.Subset(examples, numbers)
+
+
 def one_epoch(
     store: Any, recipe: Recipe, *, segments: int | None = None
 ) -> Iterable[pipeline.Batch]:
@@ -451,6 +507,10 @@ def finish(
         average = optimizers.average_of(training.state.optimizer)
         _, frozen = training.update.parts(training.state.params)
         model = training.update.model(training.update.joined(average, frozen))
+    if not all(bool(jnp.isfinite(x).all()) for x in floats(model)):
+        raise ValueError(
+            "the model has numbers that are not finite and is not saved: lower --learning-rate"
+        )
     if weights.standing(model, lora.LowRank):
         save_adapters(model, folder / "adapter")
         model = lora.merge(model)
@@ -459,6 +519,12 @@ def finish(
     if export:
         save_model(model, tokenizer, folder / "export", to="hf", origin=origin)
     say(f"Model, curves and metrics: {recipe.out}")
+
+
+def floats(model: Llama) -> list[jax.Array]:
+    """The floating-point arrays of a model."""
+    arrays = jax.tree.leaves(nnx.state(model))
+    return [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
 def save_model(

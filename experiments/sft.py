@@ -55,6 +55,7 @@ class Sft(recipe.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        recipe.check_whole(self)
         if not 0 < self.keep_hardest <= 1:
             raise ValueError(f"keep_hardest {self.keep_hardest} must be above 0 and at most 1")
         if self.scorer and self.keep_hardest == 1:
@@ -64,10 +65,11 @@ class Sft(recipe.Recipe):
 def run(settings: Sft) -> loop.Result:
     recipe.begin(settings)
     tokenizer = tokenizers.load(settings.tokenizer or settings.checkpoint)
+    config = checkpoints.read_config(settings.checkpoint)
+    recipe.check_vocabulary(tokenizer, config)
+    recipe.check_length(settings, config)
     train, held_out = data(settings, tokenizer)
     model = recipe.load_model(settings.checkpoint, settings)
-    recipe.check_vocabulary(tokenizer, model.config)
-    recipe.check_length(settings, model.config)
     if settings.keep_hardest < 1:
         train = filter_easy(train, model, settings)
     model, trainable = settings.adapters.apply(model, settings.seed)
@@ -110,13 +112,20 @@ def data(settings: Sft, tokenizer: Tokenizer) -> tuple[Mixture, Mixture | None]:
     with recipe.told("Mining the standard library for questions and answers"):
         pairs = corpus.instructions()
         sides = [tokenizing.encoded(side, encode) for side in (pairs.train, pairs.held_out)]
+        sides = [recipe.fitting(side, settings) for side in sides]
     return Mixture(sides[:1]), Mixture(sides[1:])
 
 
 def filter_easy(mixture: Mixture, model: Llama, settings: Sft) -> Mixture:
     """The mixture without the examples that a model finds easiest, store by store."""
     if settings.scorer:
+        config = model.config
         model = checkpoints.load(settings.scorer, execution=settings.place.execution)
+        if model.config.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"scorer {settings.scorer}: has {model.config.vocab_size} words, the model "
+                f"{config.vocab_size}; it must read the same tokens"
+            )
     stores = []
     for store in mixture.stores:
         with recipe.told(f"Measuring how hard {len(store):,} examples are"):

@@ -1,5 +1,6 @@
 """Lines are there once written, are mended and cut, and services are told the same numbers."""
 
+import errno
 import io
 import json
 import math
@@ -156,3 +157,34 @@ def test_a_bar_shows_what_is_known():
     last = shown.getvalue().replace("\x1b[0m", "")
     for word in ("50%", "loss not finite", "1,2", "tokens/s", "MFU 41.2%"):
         assert word in last, word
+
+
+def test_lines_without_room_wait_for_it(tmp_path, capsys):
+    """A full disk takes half a line and then nothing, and has room again later."""
+
+    class Full:
+        def __init__(self, file, room):
+            self.file, self.room = file, room
+
+        def write(self, data):
+            if not self.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken, self.room = data[: self.room], max(0, self.room - len(data))
+            return self.file.write(taken)
+
+        def close(self):
+            self.file.close()
+
+    lines = tracking.Lines(tmp_path / "x.jsonl", below=0)
+    lines.write({"step": 0})
+    lines._file = Full(lines._file, 5)
+    lines.write({"step": 1})
+    lines.write({"step": 2})
+    assert [line["step"] for line in tracking.read(tmp_path / "x.jsonl")] == [0]
+    assert capsys.readouterr().err.count("No space left") == 1
+    with pytest.raises(OSError, match="No space"):
+        lines.close()
+    lines._file.room = 1000
+    lines.write({"step": 3})
+    lines.close()
+    assert [line["step"] for line in tracking.read(tmp_path / "x.jsonl")] == [0, 1, 2, 3]

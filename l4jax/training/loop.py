@@ -266,6 +266,11 @@ class _Run:
                 break
         self._save()
         self._report(self.checkpoints.close())
+        if self.first and self.step not in self.checkpoints.steps():
+            raise OSError(
+                f"step {self.step} could not be saved; the last checkpoint in {self.out} is of "
+                f"step {self.checkpoints.latest()}"
+            )
         if ended != "finished":
             self._event(ended, f"ended after {self.step} steps: {ended}")
         return Result(self.step, ended, self.last)

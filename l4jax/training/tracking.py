@@ -9,6 +9,7 @@ import io
 import json
 import math
 import pathlib
+import sys
 import tempfile
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -38,6 +39,8 @@ PEAK_FLOPS = {
 class Lines:
     """A file of JSON objects, one a line, each with a `step`; every line is there once written.
 
+    Lines that the disk has no room for wait in memory and are written with later ones.
+
     Args:
         file: a cloud store's address too: the lines are then kept here, and copied by `publish`.
         below: lines of this step and later ones are dropped, as they will be written again; None
@@ -46,6 +49,7 @@ class Lines:
 
     def __init__(self, file: epath.PathLike, *, below: int | None) -> None:
         self._there = epath.Path(file)
+        self._waiting = b""
         self._remote = "://" in str(file)
         self._here = pathlib.Path(file)
         if self._remote:
@@ -55,22 +59,38 @@ class Lines:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Adds a line; numbers that are not finite become null."""
-        json.dump({name: plain(x) for name, x in line.items()}, self._file, ensure_ascii=False)
-        self._file.write("\n")
-        self._file.flush()
+        text = json.dumps({name: plain(x) for name, x in line.items()}, ensure_ascii=False)
+        waited = bool(self._waiting)
+        self._waiting += f"{text}\n".encode()
+        try:
+            self._write()
+        except OSError as error:
+            if not waited:
+                print(f"{self._here}: {error.strerror}; its lines wait in memory", file=sys.stderr)
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def drop(self, step: int) -> None:
         """Removes the lines of this step and later ones."""
+        self._write()
         self._file.close()
         self._below(step, epath.Path(self._here))
 
     def publish(self) -> None:
         """Copies the lines to the cloud store, if that is where they belong."""
         if self._remote:
+            self._write()
             write(self._there, self._here.read_text(encoding="utf-8"))
 
     def close(self) -> None:
-        """Publishes, and ends."""
+        """Publishes, and ends.
+
+        Raises:
+            OSError: there is still no room for lines that waited.
+        """
+        self._write()
         self.publish()
         self._file.close()
         if self._remote:
@@ -81,7 +101,8 @@ class Lines:
         limit = math.inf if step is None else step
         kept = [line for line in io.StringIO(text) if _step(line) < limit]
         write(epath.Path(self._here), "".join(kept))
-        self._file = self._here.open("a", encoding="utf-8")
+        self._file = self._here.open("ab", buffering=0)
+        self._waiting = b""
 
 
 def read(file: epath.PathLike) -> list[dict[str, Any]]:
