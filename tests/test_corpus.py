@@ -1,11 +1,12 @@
 """The standard library splits by file, always in the same way."""
 
 import ast
+import re
 import sysconfig
 
 import pytest
 
-from l4jax.data import corpus
+from l4jax.data import conversations, corpus, mined
 
 NAMES = [f"package/module_{i}.py" for i in range(300)]
 
@@ -116,3 +117,77 @@ def test_a_python_without_sources_is_named(library, tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "nowhere")})
     with pytest.raises(FileNotFoundError, match="nowhere: no Python sources"):
         corpus.standard_library()
+
+
+# --- Records mined from it -----------------------------------------------------------------------
+def modules(count, first=0):
+    return [
+        f'def load_{n}(path, *rest):\n    """Load file {n} and the rest."""\n'
+        for n in range(first, first + count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def records():
+    """Of a part of the real library: instructions and preferences."""
+    library = corpus.standard_library(max_bytes=4_000_000)
+    return corpus.instructions(library), corpus.preferences(library)
+
+
+def asked(record):
+    return record["prompt"] if "prompt" in record else record["messages"][0]["content"]
+
+
+def test_there_is_enough_to_learn_and_to_hold_out(records):
+    for found in records:
+        assert len(found.train) > 400
+        assert len(found.held_out) > 20
+
+
+def test_no_question_is_on_both_sides_not_even_of_functions_that_look_the_same(records):
+    for found in records:
+        train, held_out = ([asked(record) for record in side] for side in found)
+        assert not set(train) & set(held_out)
+        assert len(set(train)) == len(train)
+    shared, own = modules(3), modules(2, first=3)
+    found = corpus.instructions(corpus.Corpus(shared, shared + own))
+    each = len(mined.EXACT) + 1
+    assert (len(found.train), len(found.held_out)) == (3 * each, 2 * each)
+
+
+def test_each_side_asks_about_its_own_files_only():
+    train, held_out = modules(40), modules(10, first=40)
+    for make in (corpus.instructions, corpus.preferences):
+        found = make(corpus.Corpus(train, held_out))
+        for side, numbers in ((found.train, range(40)), (found.held_out, range(40, 50))):
+            assert {int(re.search(r"load_(\d+)", asked(x))[1]) for x in side} == set(numbers)
+            told = [int(n) for x in side for n in re.findall(r"(?:load_|file )(\d+)", str(x))]
+            assert set(told) == set(numbers), "not even in a worse answer"
+
+
+def test_conversations_reads_them(records):
+    for record in records[0].held_out:
+        (user, assistant) = conversations.normalise(record).messages
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        assert user["content"]
+        assert assistant["content"]
+    for record in records[1].held_out:
+        found = conversations.normalise(record)
+        assert found.prompt == record["prompt"]
+        assert "" not in found.answers
+        assert len(set(found.answers)) == 2
+
+
+def test_preferences_ask_what_instructions_ask_and_choose_their_answers(records):
+    for told, preferred in zip(*records, strict=True):
+        answers = {asked(r): (r["messages"][1]["content"], r["kind"]) for r in told}
+        assert preferred
+        for record in preferred:
+            assert answers[record["prompt"]] == (record["chosen"], record["kind"])
+
+
+def test_records_are_the_same_every_time_and_of_the_whole_library_by_default(library):
+    library(*NAMES[:30], text='def f(a, b):\n    """Say {}."""\n')
+    for make in (corpus.instructions, corpus.preferences):
+        assert make() == make() == make(corpus.standard_library())
+        assert make().train

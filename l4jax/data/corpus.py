@@ -1,11 +1,16 @@
-"""A real corpus that every machine has: the Python standard library's own sources."""
+"""A real corpus that every machine has: the Python standard library's own sources.
+
+Texts to pre-train on, and what is mined from them: instructions, and preferences among answers.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import pathlib
 import sysconfig
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from l4jax.data import mined
 
 _LEFT_OUT = frozenset(
     ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "encodings")
@@ -18,6 +23,13 @@ class Corpus(NamedTuple):
 
     train: list[str]
     held_out: list[str]
+
+
+class Records(NamedTuple):
+    """What `conversations` reads, split as the files are: no question is on both sides."""
+
+    train: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
 
 
 def standard_library(*, held_out_percent: int = 10, max_bytes: int | None = None) -> Corpus:
@@ -47,6 +59,66 @@ def standard_library(*, held_out_percent: int = 10, max_bytes: int | None = None
             held_out = int(_digest(path)[-8:], 16) % 100 < held_out_percent
             (corpus.held_out if held_out else corpus.train).append(text)
     return corpus
+
+
+def instructions(library: Corpus | None = None) -> Records:
+    """Questions about the library's functions, with their true answers.
+
+    A record has `messages` of a user and an assistant, and the `kind` of question, of which those
+    in `mined.EXACT` have exactly one right answer.
+
+    Args:
+        library: the texts; `standard_library()` by default.
+    """
+    sides = _pairs(library)
+    return Records(
+        *(
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": pair.question},
+                        {"role": "assistant", "content": pair.answer},
+                    ],
+                    "kind": pair.kind,
+                }
+                for pair in side
+            ]
+            for side in sides
+        )
+    )
+
+
+def preferences(library: Corpus | None = None) -> Records:
+    """Some of the same questions, with the true answer and one that is worse.
+
+    A record has `prompt`, `chosen` and `rejected`, the `kind` of question, and what is wrong with
+    the rejected answer, its `fault`: mismatched, shuffled, truncated or repeated.
+
+    Args:
+        library: the texts; `standard_library()` by default.
+    """
+    return Records(
+        *(
+            [
+                {
+                    "prompt": pair.question,
+                    "chosen": pair.answer,
+                    "rejected": rejected,
+                    "kind": pair.kind,
+                    "fault": fault,
+                }
+                for pair, fault, rejected in mined.spoilt(side)
+            ]
+            for side in _pairs(library)
+        )
+    )
+
+
+def _pairs(library: Corpus | None) -> tuple[list[mined.Pair], list[mined.Pair]]:
+    """Of both sides; what the training side asks too is not held out."""
+    train, held_out = map(mined.pairs, library or standard_library())
+    asked = {pair.question for pair in train}
+    return train, [pair for pair in held_out if pair.question not in asked]
 
 
 def _digest(path: pathlib.PurePath) -> str:
