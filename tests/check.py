@@ -12,10 +12,12 @@ CHECKS = (
     ("lint-imports",),
     ("mypy",),
 )
+# A file's tests share what they compile, so each file goes to one of two processes.
+TESTS = ("pytest", "-n", "2", "--dist", "loadfile")
 
 
 def main() -> int:
-    for name, *arguments in (*CHECKS, ("pytest", *sys.argv[1:])):
+    for name, *arguments in (*CHECKS, (*TESTS, *sys.argv[1:])):
         print(f"== {name} {' '.join(arguments)}".rstrip(), flush=True)
         if name == "lint-imports":  # a console script without a module to run
             code = (

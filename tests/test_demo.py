@@ -309,10 +309,10 @@ def test_the_whole_demo_learns_more_than_pairs_of_tokens(tmp_path, console):
     assert tuned["exact_match"] > pretrained["exact_match"] + 0.4
     assert tuned["exact_match"] > first["guessed_exact_match"], "it reads the question"
     assert tuned["answers"] < pretrained["answers"] - 1
-    assert aligned["prefers_chosen"] > tuned["prefers_chosen"] + 0.02
+    assert aligned["prefers_chosen"] > tuned["prefers_chosen"] + 0.05
     assert aligned["rewards"]["accuracy"] > 0.7
     assert aligned["rewards"]["margin"] > 0
-    assert aligned["answers"] < tuned["answers"] + 0.1, "it still knows the answers"
+    assert aligned["answers"] < tuned["answers"] + 0.15, "it still knows the answers"
     assert aligned["documents"] < tuned["documents"] + 0.2, "and how code goes on"
     again = demo.run(tmp_path, steps=2, seed=0, console=console)
     assert again["held_out_loss"]["before"] == first["held_out_loss"]["before"]
