@@ -114,6 +114,23 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+@pytest.fixture(scope="session")
+def s3():
+    """A file system on an S3 server (moto's); one for all tests, as file systems are cached."""
+    server = pytest.importorskip("moto.server", reason="needs moto: pip install l4jax[test]")
+    s3fs = pytest.importorskip("s3fs", reason="needs s3fs: pip install l4jax[test]")
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    running.start()
+    host, port = running.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield s3fs.S3FileSystem()
+    running.stop()
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite tests/golden from the present code"

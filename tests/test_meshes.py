@@ -201,7 +201,7 @@ def test_pieces_of_a_batch_give_the_gradients_of_the_whole(axes, pieces):
     with on(axes):
         found = step(config, batch, PLAIN, accumulate=pieces)
     # A mean of pieces' entropies is another number than the whole batch's, and balance likewise.
-    names = {"loss", "tokens", "expert_load", "dropped", "grad_norm"}
+    names = {"loss", "count", "expert_load", "dropped", "grad_norm"}
     assert found.metrics.keys() >= names
     assert_same(found, expected._replace(metrics={n: expected.metrics[n] for n in names}))
 

@@ -10,23 +10,10 @@ from conftest import build
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """An S3 server (moto's) and a file system on it."""
-    server = pytest.importorskip("moto.server", reason="needs moto: pip install l4jax[test]")
-    s3fs = pytest.importorskip("s3fs", reason="needs s3fs: pip install l4jax[test]")
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    running.start()
-    host, port = running.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem.clear_instance_cache()
-        files = s3fs.S3FileSystem()
-        files.mkdir("bucket")
-        yield files
-    running.stop()
+def store(s3):
+    """A file system on an S3 server, with a bucket."""
+    s3.mkdir("bucket")
+    return s3
 
 
 @pytest.fixture(scope="module")
