@@ -54,12 +54,12 @@ class Output:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo(Output):
-    """Train a tiny Scout on the Python standard library, generate, export and read back."""
+    """Pre-train, fine-tune and align a tiny Scout on the Python standard library; export it."""
 
     out: pathlib.Path = pathlib.Path("runs/demo")
     """Folder for checkpoints, curves, samples and the report; an earlier demo's is replaced."""
     steps: int = 800
-    """Pre-training updates of 1024 tokens each."""
+    """Pre-training updates of 1024 tokens each; fine-tuning and DPO take shares of as many."""
     seed: int = 0
     """Of the initial parameters, the order of the data and the samples."""
 
