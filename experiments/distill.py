@@ -29,20 +29,18 @@ from typing import Any
 import jax
 from etils import epath
 
-from experiments import recipe
+from experiments import leaves, recipe
 from l4jax import checkpoints, roofline, sharding
 from l4jax.config import TextConfig
-from l4jax.data import conversations, corpus, pipeline, tokenizing
+from l4jax.data import conversations, pipeline
 from l4jax.data import tokenizer as tokenizers
-from l4jax.data.mixture import Mixture
-from l4jax.data.tokenizer import Tokenizer
 from l4jax.planning import meshes
-from l4jax.training import hooks, loop, objectives, teacher
-from l4jax.training.trainer import Training, evaluate, spread
+from l4jax.training import loop, objectives, teacher
+from l4jax.training.trainer import evaluate, spread
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distill(recipe.Recipe):
+class Distill(leaves.Recipe):
     """Leaves of the recipe."""
 
     out: str = "runs/distill"
@@ -66,7 +64,7 @@ class Distill(recipe.Recipe):
     """Sizes of mesh axes for the teacher, on the devices behind those of --mesh."""
     balance: float = 0.01
     """Weight of the load balance between experts."""
-    files: recipe.Files = recipe.Files(too_long="split")
+    files: leaves.Files = leaves.Files(too_long="split")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,7 +88,12 @@ def run(settings: Distill) -> loop.Result:
     recipe.check_there(settings.teacher, "--teacher")
     recipe.begin(settings)
     tokenizer = tokenizers.load(settings.teacher)
-    train, held_out = data(settings, tokenizer)
+    train, held_out = recipe.mixtures(
+        settings,
+        conversations.Documents(tokenizer),
+        recipe.library,
+        "Tokenizing the standard library",
+    )
     config = student_config(settings)
     recipe.check_vocabulary(tokenizer, config)
     recipe.check_length(settings, config)
@@ -102,47 +105,18 @@ def run(settings: Distill) -> loop.Result:
     if settings.taught:
         batches = taught(batches, kept, settings)
         objective = objectives.distill(temperature=settings.temperature, balance=settings.balance)
-    schedule, optimizer = settings.optimization.make(settings.run.steps)
-    training = Training(
-        recipe.new_model(config, settings),
-        objective,
-        optimizer,
-        accumulate=settings.optimization.accumulate,
-    )
     size, of = roofline.parameters(config), checkpoints.read_config(settings.teacher)
     recipe.say(f"{size.total:,} parameters; the teacher has {roofline.parameters(of).total:,}")
-    every: list[hooks.Hook] = []
-    if kept:
-        measure = hooks.evaluate(objectives.next_token(), kept)
-        every.append(hooks.every(settings.run.evaluate_every, measure))
-    result = loop.fit(
-        training,
+    training, result = recipe.train(
+        settings,
+        recipe.new_model(config, settings),
+        objective,
         batches,
-        settings.folder,
-        settings=settings.run,
-        schedule=schedule,
-        hooks=every,
-        resume=settings.resume,
-        console=recipe.CONSOLE,
+        kept=kept,
+        measure=objectives.next_token(),
     )
     recipe.finish(settings, training, tokenizer)
     return result
-
-
-def data(settings: Distill, tokenizer: Tokenizer) -> tuple[Mixture, Mixture | None]:
-    """What to train on, and what is only measured on."""
-    encode = conversations.Documents(tokenizer)
-    if settings.files.data:
-        train = recipe.stores(settings.files.data, encode, settings, "train")
-        rest = recipe.stores(settings.files.eval_data, encode, settings, "held-out")
-        return Mixture(train, settings.files.weights), Mixture(rest) if rest else None
-    with recipe.told("Collecting and tokenizing the standard library"):
-        texts = corpus.standard_library()
-        sides = [
-            tokenizing.encoded([{"text": text} for text in side], encode)
-            for side in (texts.train, texts.held_out)
-        ]
-    return Mixture(sides[:1]), Mixture(sides[1:])
 
 
 def student_config(settings: Distill) -> TextConfig:
@@ -252,9 +226,9 @@ POD = Distill(
         steps=10_000, checkpoint_every=500, checkpoint_minutes=20.0, evaluate_every=500
     ),
     # Experts of both models lie on 16 devices, and on 8 more dimensions each.
-    place=recipe.Place(mesh="fsdp=8,expert=16", dtype="bfloat16", remat="full"),
-    optimization=recipe.Optimization(learning_rate=3e-4, warmup=500),
-    files=recipe.Files(too_long="split", workers=4),
+    place=leaves.Place(mesh="fsdp=8,expert=16", dtype="bfloat16", remat="full"),
+    optimization=leaves.Optimization(learning_rate=3e-4, warmup=500),
+    files=leaves.Files(too_long="split", workers=4),
 )
 PRESETS = {"scout-from-maverick-v5p-128": POD}
 

@@ -21,19 +21,17 @@ from typing import Any
 
 import numpy as np
 
-from experiments import recipe
+from experiments import leaves, recipe
 from l4jax import checkpoints, lora
-from l4jax.data import conversations, corpus, tokenizing
+from l4jax.data import conversations, corpus
 from l4jax.data import tokenizer as tokenizers
 from l4jax.data.mixture import Mixture
-from l4jax.data.tokenizer import Tokenizer
 from l4jax.models.llama4 import Llama
-from l4jax.training import filtering, hooks, loop, objectives, teacher
-from l4jax.training.trainer import Training
+from l4jax.training import filtering, loop, objectives, teacher
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Dpo(recipe.Recipe):
+class Dpo(leaves.Recipe):
     """Leaves of the recipe."""
 
     out: str = "runs/dpo"
@@ -61,9 +59,9 @@ class Dpo(recipe.Recipe):
     """Weight of the load balance between experts."""
     export: bool = False
     """Also write Hugging Face's files."""
-    adapters: recipe.Adapters = recipe.Adapters()
+    adapters: leaves.Adapters = leaves.Adapters()
     run: loop.Settings = loop.Settings(steps=100, checkpoint_every=50, evaluate_every=25)
-    optimization: recipe.Optimization = recipe.Optimization(
+    optimization: leaves.Optimization = leaves.Optimization(
         learning_rate=3e-4, weight_decay=0.0, schedule="linear"
     )
 
@@ -81,41 +79,29 @@ def run(settings: Dpo) -> loop.Result:
     config = checkpoints.read_config(settings.checkpoint)
     recipe.check_vocabulary(tokenizer, config)
     recipe.check_length(settings, config)
-    train, held_out = data(settings, tokenizer)
+    train, held_out = recipe.mixtures(
+        settings,
+        conversations.Preferences(tokenizer, formatting=settings.formatting),
+        corpus.preferences,
+        "Mining the standard library for better and worse answers",
+    )
     model = recipe.load_model(settings.checkpoint, settings)
     batches = recipe.training_batches(
         train, settings, packing="best_fit", segments=2 * settings.pairs
     )
-    kept = recipe.held_out_batches(
-        held_out or train, settings, packing="best_fit", segments=2 * settings.pairs
-    )
+    kept = []
+    if held_out is not None:
+        kept = recipe.held_out_batches(
+            held_out, settings, packing="best_fit", segments=2 * settings.pairs
+        )
     if needs_table(settings):
         add = reference(model, train, settings)
         batches = batches.map(add)
         refer = teacher.reference(model, 2 * settings.pairs)
         kept = [refer(batch) for batch in kept]
     model, trainable = settings.adapters.apply(model, settings.seed)
-    schedule, optimizer = settings.optimization.make(settings.run.steps)
-    training = Training(
-        model,
-        objective(settings),
-        optimizer,
-        accumulate=settings.optimization.accumulate,
-        trainable=trainable,
-    )
-    every = []
-    if held_out is not None:
-        measure = hooks.evaluate(objective(settings), kept)
-        every.append(hooks.every(settings.run.evaluate_every, measure))
-    result = loop.fit(
-        training,
-        batches,
-        settings.folder,
-        settings=settings.run,
-        schedule=schedule,
-        hooks=every,
-        resume=settings.resume,
-        console=recipe.CONSOLE,
+    training, result = recipe.train(
+        settings, model, objective(settings), batches, trainable=trainable, kept=kept
     )
     recipe.finish(settings, training, tokenizer, export=settings.export)
     return result
@@ -138,20 +124,6 @@ def objective(settings: Dpo) -> objectives.Objective:
         reference_free=settings.reference_free,
         balance=settings.balance,
     )
-
-
-def data(settings: Dpo, tokenizer: Tokenizer) -> tuple[Mixture, Mixture | None]:
-    """What to train on, and what is only measured on."""
-    encode = conversations.Preferences(tokenizer, formatting=settings.formatting)
-    if settings.files.data:
-        train = recipe.stores(settings.files.data, encode, settings, "train")
-        rest = recipe.stores(settings.files.eval_data, encode, settings, "held-out")
-        return Mixture(train, settings.files.weights), Mixture(rest) if rest else None
-    with recipe.told("Mining the standard library for better and worse answers"):
-        pairs = corpus.preferences()
-        sides = [tokenizing.encoded(side, encode) for side in (pairs.train, pairs.held_out)]
-        sides = [recipe.fitting(side, settings) for side in sides]
-    return Mixture(sides[:1]), Mixture(sides[1:])
 
 
 def needs_table(settings: Dpo) -> bool:
@@ -186,13 +158,13 @@ POD = Dpo(
     run=loop.Settings(
         steps=1000, checkpoint_every=250, checkpoint_minutes=20.0, evaluate_every=250
     ),
-    place=recipe.Place(dtype="bfloat16", remat="full"),
-    optimization=recipe.Optimization(
+    place=leaves.Place(dtype="bfloat16", remat="full"),
+    optimization=leaves.Optimization(
         learning_rate=1e-6, warmup=50, weight_decay=0.0, schedule="linear"
     ),
-    files=recipe.Files(workers=4),
+    files=leaves.Files(workers=4),
 )
-PRESETS = {name: recipe.on_pod(POD, name) for name in ("scout-v5p-64", "maverick-v5p-128")}
+PRESETS = {name: leaves.on_pod(POD, name) for name in ("scout-v5p-64", "maverick-v5p-128")}
 
 if __name__ == "__main__":
     sys.exit(recipe.main(Dpo(), run, PRESETS, __doc__))

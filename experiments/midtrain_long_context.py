@@ -43,7 +43,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from experiments import recipe
+from experiments import leaves, recipe
 from l4jax.config import RopeScaling, TextConfig
 from l4jax.data import conversations, corpus, pipeline, tokenizing
 from l4jax.data import tokenizer as tokenizers
@@ -53,7 +53,7 @@ from l4jax.evaluation import needle
 from l4jax.models.llama4 import Llama
 from l4jax.planning import meshes
 from l4jax.training import checkpointing, hooks, loop, objectives
-from l4jax.training.trainer import Training, evaluator
+from l4jax.training.trainer import evaluator
 
 MAX_BYTES = 3_000_000
 """Of the standard library, where no data are given."""
@@ -62,7 +62,7 @@ ENOUGH = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Midtrain(recipe.Recipe):
+class Midtrain(leaves.Recipe):
     """Leaves of the recipe."""
 
     out: str = "runs/midtrain"
@@ -90,8 +90,8 @@ class Midtrain(recipe.Recipe):
     balance: float = 0.01
     """Weight of the load balance between experts."""
     run: loop.Settings = loop.Settings(steps=500, checkpoint_every=100, evaluate_every=50)
-    optimization: recipe.Optimization = recipe.Optimization(learning_rate=3e-3, schedule="constant")
-    files: recipe.Files = recipe.Files(too_long="split")
+    optimization: leaves.Optimization = leaves.Optimization(learning_rate=3e-3, schedule="constant")
+    files: leaves.Files = leaves.Files(too_long="split")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -214,26 +214,15 @@ def train(stage: Midtrain, texts: Texts, before: Sequence[Mapping[str, Any]]) ->
         batches.ended = reached(now, known, stage)
         return {"eval_needle": min(now["found"]), "eval_short_loss": now["short_loss"]}
 
-    schedule, optimizer = stage.optimization.make(stage.run.steps)
-    training = Training(
+    objective = objectives.next_token(balance=stage.balance)
+    training, result = recipe.train(
+        stage,
         model,
-        objectives.next_token(balance=stage.balance),
-        optimizer,
-        accumulate=stage.optimization.accumulate,
-    )
-    every = [hooks.every(stage.run.evaluate_every, look)]
-    if kept:
-        loss = hooks.evaluate(objectives.next_token(), kept)
-        every.append(hooks.every(stage.run.evaluate_every, loss))
-    result = loop.fit(
-        training,
+        objective,
         batches,
-        stage.folder,
-        settings=stage.run,
-        schedule=schedule,
-        hooks=every,
-        resume=stage.resume,
-        console=recipe.CONSOLE,
+        every=[look],
+        kept=kept,
+        measure=objectives.next_token(),
     )
     if result.ended == "stopped":
         return result
@@ -469,9 +458,9 @@ POD = Midtrain(
     run=loop.Settings(
         steps=2000, checkpoint_every=250, checkpoint_minutes=20.0, evaluate_every=250
     ),
-    place=recipe.Place(dtype="bfloat16", remat="full"),
-    optimization=recipe.Optimization(learning_rate=2e-5, schedule="constant", warmup=100),
-    files=recipe.Files(too_long="split", workers=4),
+    place=leaves.Place(dtype="bfloat16", remat="full"),
+    optimization=leaves.Optimization(learning_rate=2e-5, schedule="constant", warmup=100),
+    files=leaves.Files(too_long="split", workers=4),
 )
 PRESETS = {
     # 512 Ki tokens in every batch; each shard of a sequence is whole chunks.

@@ -16,27 +16,25 @@ import dataclasses
 import sys
 from typing import Any
 
-from experiments import recipe
+from experiments import leaves, recipe
 from l4jax import roofline
-from l4jax.data import conversations, corpus, tokenizing
+from l4jax.data import conversations, corpus
 from l4jax.data import tokenizer as tokenizers
-from l4jax.data.mixture import Mixture
 from l4jax.data.tokenizer import Tokenizer
 from l4jax.demo.stages import model_config
 from l4jax.training import hooks, loop, objectives, schedules
-from l4jax.training.trainer import Training
 
 VOCABULARY = 512
 """Of the tokenizer that is trained where none is given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pretrain(recipe.Recipe):
+class Pretrain(leaves.Recipe):
     """Leaves of the recipe."""
 
     out: str = "runs/pretrain"
     batch: int = 4
-    files: recipe.Files = recipe.Files(too_long="split")
+    files: leaves.Files = leaves.Files(too_long="split")
     model: str | None = None
     """A preset to start anew; a small twin of Scout by default."""
     checkpoint: str | None = None
@@ -64,7 +62,13 @@ class Pretrain(recipe.Recipe):
 
 def run(settings: Pretrain) -> loop.Result:
     recipe.begin(settings)
-    tokenizer, train, held_out = data(settings)
+    tokenizer = tokenizer_of(settings)
+    train, held_out = recipe.mixtures(
+        settings,
+        conversations.Documents(tokenizer),
+        recipe.library,
+        "Tokenizing the standard library",
+    )
     if settings.checkpoint:
         model = recipe.load_model(settings.checkpoint, settings)
     else:
@@ -73,58 +77,30 @@ def run(settings: Pretrain) -> loop.Result:
     recipe.check_vocabulary(tokenizer, model.config)
     recipe.check_length(settings, model.config)
     batches = recipe.training_batches(train, settings, packing="split", sizes=sizes(settings))
-    schedule, optimizer = settings.optimization.make(settings.run.steps)
-    training = Training(
-        model,
-        objectives.next_token(balance=settings.balance, z_loss=settings.z_loss),
-        optimizer,
-        accumulate=settings.optimization.accumulate,
-    )
     size = roofline.parameters(model.config)
     recipe.say(f"{size.total:,} parameters, {size.active:,} of them active for each token")
-    every: list[hooks.Hook] = []
-    if held_out is not None:
-        kept = recipe.held_out_batches(held_out, settings, packing="split")
-        measure = hooks.evaluate(objectives.next_token(), kept)
-        every.append(hooks.every(settings.run.evaluate_every, measure))
-    if settings.prompts:
-        sample = hooks.sample(tokenizer, settings.prompts, seed=settings.seed)
-        every.append(hooks.every(settings.run.evaluate_every, sample))
-    result = loop.fit(
-        training,
+    kept = [] if held_out is None else recipe.held_out_batches(held_out, settings, packing="split")
+    sample = hooks.sample(tokenizer, settings.prompts, seed=settings.seed)
+    training, result = recipe.train(
+        settings,
+        model,
+        objectives.next_token(balance=settings.balance, z_loss=settings.z_loss),
         batches,
-        settings.folder,
-        settings=settings.run,
-        schedule=schedule,
-        hooks=every,
-        resume=settings.resume,
-        console=recipe.CONSOLE,
+        every=[sample] if settings.prompts else [],
+        kept=kept,
+        measure=objectives.next_token(),
     )
     recipe.finish(settings, training, tokenizer)
     return result
 
 
-def data(settings: Pretrain) -> tuple[Tokenizer, Mixture, Mixture | None]:
-    """The tokenizer, what to train on, and what is only measured on."""
+def tokenizer_of(settings: Pretrain) -> Tokenizer:
+    """The tokenizer that is given, or one of the standard library."""
     path = settings.tokenizer or settings.checkpoint
-    if settings.files.data:
-        assert path is not None
-        tokenizer = tokenizers.load(path)
-        encode = conversations.Documents(tokenizer)
-        train = recipe.stores(settings.files.data, encode, settings, "train")
-        rest = recipe.stores(settings.files.eval_data, encode, settings, "held-out")
-        return tokenizer, Mixture(train, settings.files.weights), Mixture(rest) if rest else None
-    with recipe.told("Collecting and tokenizing the standard library"):
-        texts = corpus.standard_library()
-        tokenizer = (
-            tokenizers.load(path) if path else tokenizers.train(texts.train, vocab_size=VOCABULARY)
-        )
-        encode = conversations.Documents(tokenizer)
-        sides = [
-            tokenizing.encoded([{"text": text} for text in side], encode)
-            for side in (texts.train, texts.held_out)
-        ]
-    return tokenizer, Mixture(sides[:1]), Mixture(sides[1:])
+    if path:
+        return tokenizers.load(path)
+    with recipe.told("Training a tokenizer on the standard library"):
+        return tokenizers.train(corpus.standard_library().train, vocab_size=VOCABULARY)
 
 
 def sizes(settings: Pretrain) -> Any:
@@ -143,14 +119,14 @@ POD = Pretrain(
     run=loop.Settings(
         steps=100_000, checkpoint_every=1000, checkpoint_minutes=20.0, evaluate_every=1000
     ),
-    place=recipe.Place(dtype="bfloat16", remat="full"),
-    optimization=recipe.Optimization(learning_rate=3e-4, warmup=2000),
-    files=recipe.Files(too_long="split", workers=4),
+    place=leaves.Place(dtype="bfloat16", remat="full"),
+    optimization=leaves.Optimization(learning_rate=3e-4, warmup=2000),
+    files=leaves.Files(too_long="split", workers=4),
     prompts=(),
 )
 PRESETS = {
-    "scout-v5p-64": recipe.on_pod(POD, "scout-v5p-64", model="llama4-scout"),
-    "maverick-v5p-128": recipe.on_pod(POD, "maverick-v5p-128", model="llama4-maverick"),
+    "scout-v5p-64": leaves.on_pod(POD, "scout-v5p-64", model="llama4-scout"),
+    "maverick-v5p-128": leaves.on_pod(POD, "maverick-v5p-128", model="llama4-maverick"),
 }
 
 if __name__ == "__main__":

@@ -18,20 +18,18 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from experiments import recipe
+from experiments import leaves, recipe
 from l4jax import checkpoints
-from l4jax.data import conversations, corpus, tokenizing
+from l4jax.data import conversations, corpus
 from l4jax.data import tokenizer as tokenizers
 from l4jax.data.mixture import Mixture
 from l4jax.data.store import Subset
-from l4jax.data.tokenizer import Tokenizer
 from l4jax.models.llama4 import Llama
-from l4jax.training import filtering, hooks, loop, objectives
-from l4jax.training.trainer import Training
+from l4jax.training import filtering, loop, objectives
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sft(recipe.Recipe):
+class Sft(leaves.Recipe):
     """Leaves of the recipe."""
 
     out: str = "runs/sft"
@@ -49,9 +47,9 @@ class Sft(recipe.Recipe):
     """Weight of the load balance between experts."""
     export: bool = False
     """Also write Hugging Face's files."""
-    adapters: recipe.Adapters = recipe.Adapters()
+    adapters: leaves.Adapters = leaves.Adapters()
     run: loop.Settings = loop.Settings(steps=200, checkpoint_every=100, evaluate_every=50)
-    optimization: recipe.Optimization = recipe.Optimization(learning_rate=2e-3, weight_decay=0.0)
+    optimization: leaves.Optimization = leaves.Optimization(learning_rate=2e-3, weight_decay=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,52 +66,32 @@ def run(settings: Sft) -> loop.Result:
     config = checkpoints.read_config(settings.checkpoint)
     recipe.check_vocabulary(tokenizer, config)
     recipe.check_length(settings, config)
-    train, held_out = data(settings, tokenizer)
+    train, held_out = recipe.mixtures(
+        settings,
+        conversations.Conversations(tokenizer, learn=settings.learn),
+        corpus.instructions,
+        "Mining the standard library for questions and answers",
+    )
     model = recipe.load_model(settings.checkpoint, settings)
     if settings.keep_hardest < 1:
         train = filter_easy(train, model, settings)
     model, trainable = settings.adapters.apply(model, settings.seed)
     batches = recipe.training_batches(train, settings, packing="best_fit")
     recipe.say(f"{batches.efficiency(rows=1000).padding:.1%} of the rows is padding")
-    schedule, optimizer = settings.optimization.make(settings.run.steps)
-    training = Training(
-        model,
-        objectives.next_token(balance=settings.balance),
-        optimizer,
-        accumulate=settings.optimization.accumulate,
-        trainable=trainable,
-    )
-    every = []
+    kept = []
     if held_out is not None:
         kept = recipe.held_out_batches(held_out, settings, packing="best_fit")
-        measure = hooks.evaluate(objectives.next_token(), kept)
-        every.append(hooks.every(settings.run.evaluate_every, measure))
-    result = loop.fit(
-        training,
+    training, result = recipe.train(
+        settings,
+        model,
+        objectives.next_token(balance=settings.balance),
         batches,
-        settings.folder,
-        settings=settings.run,
-        schedule=schedule,
-        hooks=every,
-        resume=settings.resume,
-        console=recipe.CONSOLE,
+        trainable=trainable,
+        kept=kept,
+        measure=objectives.next_token(),
     )
     recipe.finish(settings, training, tokenizer, export=settings.export)
     return result
-
-
-def data(settings: Sft, tokenizer: Tokenizer) -> tuple[Mixture, Mixture | None]:
-    """What to train on, and what is only measured on."""
-    encode = conversations.Conversations(tokenizer, learn=settings.learn)
-    if settings.files.data:
-        train = recipe.stores(settings.files.data, encode, settings, "train")
-        rest = recipe.stores(settings.files.eval_data, encode, settings, "held-out")
-        return Mixture(train, settings.files.weights), Mixture(rest) if rest else None
-    with recipe.told("Mining the standard library for questions and answers"):
-        pairs = corpus.instructions()
-        sides = [tokenizing.encoded(side, encode) for side in (pairs.train, pairs.held_out)]
-        sides = [recipe.fitting(side, settings) for side in sides]
-    return Mixture(sides[:1]), Mixture(sides[1:])
 
 
 def filter_easy(mixture: Mixture, model: Llama, settings: Sft) -> Mixture:
@@ -146,11 +124,11 @@ POD = Sft(
     run=loop.Settings(
         steps=5000, checkpoint_every=500, checkpoint_minutes=20.0, evaluate_every=500
     ),
-    place=recipe.Place(dtype="bfloat16", remat="full"),
-    optimization=recipe.Optimization(learning_rate=1e-5, warmup=100, weight_decay=0.0),
-    files=recipe.Files(workers=4),
+    place=leaves.Place(dtype="bfloat16", remat="full"),
+    optimization=leaves.Optimization(learning_rate=1e-5, warmup=100, weight_decay=0.0),
+    files=leaves.Files(workers=4),
 )
-PRESETS = {name: recipe.on_pod(POD, name) for name in ("scout-v5p-64", "maverick-v5p-128")}
+PRESETS = {name: leaves.on_pod(POD, name) for name in ("scout-v5p-64", "maverick-v5p-128")}
 
 if __name__ == "__main__":
     sys.exit(recipe.main(Sft(), run, PRESETS, __doc__))

@@ -13,29 +13,16 @@ import time
 import jax
 import numpy as np
 import pytest
+from toy_recipes import call, lines
 
-from experiments import distill, dpo, pretrain, recipe, sft
+from experiments import distill, dpo, leaves, pretrain, sft
 from experiments import midtrain_long_context as midtrain
 from l4jax import checkpoints, lora
 from l4jax.data import tokenizer as tokenizers
-from l4jax.training import tracking
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = ("red", "green", "blue", "one", "two", "three", "is", "and")
 SMALL = ["--warmup=2", "--length=64", "--batch=2"]
-
-
-def lines(out):
-    return [
-        {name: value for name, value in line.items() if name not in tracking.TIMING}
-        for line in tracking.read(out / "metrics.jsonl")
-    ]
-
-
-def call(module, kind, monkeypatch, *arguments):
-    """A recipe's exit status, called in this process."""
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    return recipe.main(kind(), module.run, module.PRESETS, module.__doc__)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +60,7 @@ def pretrained(files, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "pretrain"
     with pytest.MonkeyPatch.context() as monkeypatch:
         status = call(
-            *(pretrain, pretrain.Pretrain, monkeypatch),
+            *(pretrain, pretrain.Pretrain(), monkeypatch),
             *("--out", out, "--data", files / "texts", files / "texts" / "1*.txt"),
             *("--weights", 3, 1, "--tokenizer", files / "tokenizer"),
             *("--eval-data", files / "texts" / "2.txt", "--steps=6", "--evaluate-every=6"),
@@ -103,7 +90,7 @@ def tuned(files, pretrained, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "sft"
     with pytest.MonkeyPatch.context() as monkeypatch:
         status = call(
-            *(sft, sft.Sft, monkeypatch, "--out", out, "--checkpoint", pretrained / "model"),
+            *(sft, sft.Sft(), monkeypatch, "--out", out, "--checkpoint", pretrained / "model"),
             *("--data", files / "talk.jsonl", "--steps=5", "--evaluate-every=5"),
             *("--keep-hardest=0.5", "--export", *SMALL),
         )
@@ -131,7 +118,7 @@ def test_preferences_with_a_reference_and_with_adapters(files, tuned, tmp_path, 
     """A reference table and the base without its adapters begin with the same rewards: none."""
     given = ["--checkpoint", tuned / "model", "--data", files / "pairs.jsonl", "--steps=4", *SMALL]
     given += ["--eval-data", files / "pairs.jsonl", "--pairs=3", "--evaluate-every=4"]
-    begin = (dpo, dpo.Dpo, monkeypatch)
+    begin = (dpo, dpo.Dpo(), monkeypatch)
     assert call(*begin, "--out", tmp_path / "full", *given) == 0
     adapters = ["--rank=2", "--quantize=int8", "--adapt", "*.attention.*", "*.shared.*"]
     assert call(*begin, "--out", tmp_path / "lora", *given, *adapters, "--learning-rate=1e-2") == 0
@@ -163,7 +150,7 @@ def test_preferences_with_a_reference_and_with_adapters(files, tuned, tmp_path, 
 def test_bad_usage(module, kind, arguments, status, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     try:
-        found = call(module, kind, monkeypatch, *arguments)
+        found = call(module, kind(), monkeypatch, *arguments)
     except SystemExit as error:
         found = error.code
     text = " ".join("".join(capsys.readouterr()).replace("│", " ").split())
@@ -173,7 +160,7 @@ def test_bad_usage(module, kind, arguments, status, told, tmp_path, monkeypatch,
 
 def test_a_run_is_not_overwritten_nor_resumed_as_another(pretrained, files, monkeypatch, capsys):
     given = ["--out", pretrained, "--data", files / "texts", "--tokenizer", files / "tokenizer"]
-    begin = (pretrain, pretrain.Pretrain, monkeypatch)
+    begin = (pretrain, pretrain.Pretrain(), monkeypatch)
     assert call(*begin, *given, "--steps=6", *SMALL) == 1
     assert "holds a run; add --resume" in capsys.readouterr().err
     before = (pretrained / "metrics.jsonl").read_text()
@@ -188,7 +175,7 @@ def test_a_malformed_record_is_named(files, pretrained, tmp_path, monkeypatch, c
     talk[9] = '{"messages": [{"role": "user", "content": "anybody?"}]}'
     (tmp_path / "bad.jsonl").write_text("\n".join(talk))
     given = ["--checkpoint", pretrained / "model", "--data", tmp_path / "bad.jsonl", "--steps=3"]
-    begin = (sft, sft.Sft, monkeypatch)
+    begin = (sft, sft.Sft(), monkeypatch)
     assert call(*begin, "--out", tmp_path / "a", *given, *SMALL) == 1
     assert "bad.jsonl:8: a record with the names answer, question" in capsys.readouterr().err
     skip = ["--on-error=skip", "--checkpoint-every=3"]
@@ -197,19 +184,19 @@ def test_a_malformed_record_is_named(files, pretrained, tmp_path, monkeypatch, c
     assert (report["kept"], report["refused"]) == (48, 2)
 
 
-def leaves(section):
+def listed(section):
     """One line for everything that can be set, in sections that the command line flattens."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
-            yield from leaves(value)
+            yield from listed(value)
         else:
             yield f"  --{field.name.replace('_', '-')}: {field.type} = {value!r}\n"
 
 
 def test_everything_that_can_be_set_is_listed(golden):
     recipes = (pretrain.Pretrain, midtrain.Midtrain, sft.Sft, dpo.Dpo, distill.Distill)
-    text = "".join(f"{kind.__name__}\n{''.join(leaves(kind()))}" for kind in recipes)
+    text = "".join(f"{kind.__name__}\n{''.join(listed(kind()))}" for kind in recipes)
     golden("recipes.txt", text)
 
 
@@ -263,11 +250,11 @@ def test_a_killed_recipe_goes_on_as_if_nothing_had_been(
 # --- Pods ----------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["train", "sft", "dpo"])
-@pytest.mark.parametrize("name", recipe.PODS)
+@pytest.mark.parametrize("name", leaves.PODS)
 def test_what_a_pod_runs_compiles_and_fits(name, task):
     """Minutes each, and 10 GB: the TPU compiler's own answer for the real slice."""
     model = pretrain.PRESETS[name].model
-    pod, place = recipe.PODS[name], pretrain.PRESETS[name].place
+    pod, place = leaves.PODS[name], pretrain.PRESETS[name].place
     command = [sys.executable, "-m", "l4jax.cli", "plan", model, "--json", "--task", task]
     command += ["--topology", pod.topology, "--mesh", pod.mesh, "--batch", str(pod.batch)]
     command += ["--seq", str(pretrain.PRESETS[name].length), "--remat", place.remat]
