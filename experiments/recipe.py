@@ -93,7 +93,7 @@ def main(
         distributed.initialize()
         with chosen.place.use():
             result = run(chosen)
-    except (OSError, ValueError, loop.Diverged) as error:
+    except (ImportError, OSError, ValueError, loop.Diverged) as error:
         if jax.process_count() > 1:
             raise  # ends the other processes too
         print(f"{type(recipe).__name__.lower()}: {' '.join(str(error).split())}", file=sys.stderr)

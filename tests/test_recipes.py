@@ -184,6 +184,14 @@ def test_a_malformed_record_is_named(files, pretrained, tmp_path, monkeypatch, c
     assert (report["kept"], report["refused"]) == (48, 2)
 
 
+def test_a_missing_package_is_named(pretrained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    given = ["--checkpoint", pretrained / "model", "--data", tmp_path / "x.parquet"]
+    assert call(sft, sft.Sft(), monkeypatch, "--out", tmp_path / "a", *given) == 1
+    assert "pip install l4jax[data]" in " ".join(capsys.readouterr().err.split())
+
+
 def listed(section):
     """One line for everything that can be set, in sections that the command line flattens."""
     for field in dataclasses.fields(section):
