@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -90,6 +91,30 @@ class Step:
             return jax.tree.map(lambda w, g: w - g, weights, jax.grad(loss)(weights))
 
         return jax.jit(step, donate_argnums=0).lower(self.weights, self.x)
+
+
+@needs_libtpu
+def test_what_is_compiled_for_a_tpu_stays_out_of_the_cache_of_programs(tmp_path, optimized):
+    """A second compilation would find it there and could not read it."""
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in wanted}
+    mesh = Mesh(np.array(compiler.devices(chips.parse("v5p:2x2x1"))), ("fsdp",))
+    try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+        for _ in range(2):
+            assert isinstance(compiler.compile(Step(mesh), mesh), compiler.Compiled)
+            assert not list(tmp_path.iterdir())
+        jax.jit(lambda x: x + 1).lower(1.0).compile()
+        assert list(tmp_path.iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 @needs_libtpu

@@ -6,16 +6,19 @@ its devices takes the place of real ones, and what is compiled is what the pod w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import os
 import re
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from l4jax.planning.chips import GIB, Topology
 
@@ -143,7 +146,7 @@ def compile(program: Lowers, mesh: jax.sharding.Mesh) -> Compiled | TooLarge:
     """
     wall, cpu = time.perf_counter(), time.process_time()
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), _uncached():
             executable = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _out_of_hbm(str(error))
@@ -153,6 +156,19 @@ def compile(program: Lowers, mesh: jax.sharding.Mesh) -> Compiled | TooLarge:
         return TooLarge(needed, str(error), *took)
     took = time.perf_counter() - wall, time.process_time() - cpu
     return Compiled(executable, executable.as_text(), _memory(executable), *took)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Keeps JAX from its cache of compiled programs, which can't be read back without a device."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # or it goes by what it found at the first compilation
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def reason(text: str) -> str:
