@@ -175,10 +175,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The architecture of Llama 4's vision encoder, its adapter and its projector.
-
-    No module computes it yet; checkpoints carry its tensors through every format.
-    """
+    """The architecture of Llama 4's vision encoder, its adapter and its projector."""
 
     num_layers: int
     embed_dim: int

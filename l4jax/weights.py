@@ -19,6 +19,9 @@ from l4jax.models.llama4 import Llama
 
 EVERY = ("*.attention.*", "*.gate", "*.up", "*.down")
 """Patterns of all matrices there are: of attention, dense layers, routed and shared experts."""
+_ENCODER = "vision."
+"""Begins the names of an image encoder's parameters, none of which is a matrix in this sense: small
+beside the decoder's, they stay as they are, as they do in published quantized checkpoints."""
 _OTHERS = ("router", "norm", "vocab")
 """Logical axes of parameters that are no matrices in this sense: router, norms, embedding, head."""
 
@@ -54,12 +57,13 @@ class Matrix(NamedTuple):
 
 
 def matrices(model: Llama, patterns: Iterable[str]) -> list[Matrix]:
-    """The matrices that any of the patterns fits.
+    """The decoder's matrices that any of the patterns fits.
 
     Raises:
         ValueError: a pattern fits nothing, or something that is no matrix.
     """
     known = _parameters(nnx.state(model))
+    known = {name: param for name, param in known.items() if not name.startswith(_ENCODER)}
     fits = paths.chosen(patterns, known)
     return [_matrix(name, param) for name, param in known.items() if fits(name)]
 

@@ -84,14 +84,18 @@ def read_config(path: str | os.PathLike[str]) -> TextConfig:
 def load(
     path: str | os.PathLike[str],
     *,
+    vision: bool = True,
     dtype: Literal["float32", "bfloat16"] | None = None,
     execution: Execution | None = None,
 ) -> Llama:
     """The model in a directory, sharded on the current mesh (`sharding.use`) as it is read.
 
     Args:
-        path: a directory of Hugging Face's (Llama 4, with or without vision, of which the text
-            part is loaded; Llama 3), of Meta's, or one that `save` or `convert` wrote.
+        path: a directory of Hugging Face's (Llama 4, with or without vision; Llama 3), of Meta's,
+            or one that `save` or `convert` wrote.
+        vision: whether the image encoder comes too, if there is one: the model is then a
+            `models.multimodal.Multimodal`. Without it memory holds the text part alone, and so
+            will what `save` makes of it.
         dtype: of the parameters; as stored by default, quantized ones included.
         execution: how the model computes; by default in the parameters' type.
 
@@ -104,8 +108,11 @@ def load(
         raise ValueError(f"dtype {dtype!r} must be one of {', '.join(_DTYPES)}")
     directory, kind = detect(path)
     if kind == "orbax":
-        return orbax.load(directory, dtype=dtype, execution=execution)
-    return loading.build(source(path), dtype=dtype, execution=execution)
+        return orbax.load(directory, vision=vision, dtype=dtype, execution=execution)
+    found = source(path)
+    if not vision:
+        found = found._replace(model=Model(found.model.text))
+    return loading.build(found, dtype=dtype, execution=execution)
 
 
 def save(

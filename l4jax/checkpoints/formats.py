@@ -22,6 +22,7 @@ from l4jax.checkpoints.rows import Rows, Sum
 from l4jax.checkpoints.tables import Layout, Match, Place, expand, places
 from l4jax.config import Execution, TextConfig, VisionConfig
 from l4jax.models.llama4 import Llama
+from l4jax.models.multimodal import Multimodal
 
 Format = Literal["orbax", "hf", "meta"]
 SCALE = "#scale"
@@ -34,6 +35,32 @@ class Model(NamedTuple):
 
     text: TextConfig
     vision: VisionConfig | None = None
+
+
+def model_of(model: Llama) -> Model:
+    """What a model is a model of."""
+    return Model(model.config, model.vision.config if isinstance(model, Multimodal) else None)
+
+
+def outline(model: Model, execution: Execution) -> Llama:
+    """A model whose parameters have shapes and places, but no numbers yet."""
+
+    def make() -> Llama:
+        settings: Any = {"execution": execution, "rngs": nnx.Rngs(0)}
+        text, images = model
+        return Llama(text, **settings) if images is None else Multimodal(text, images, **settings)
+
+    found: Llama = nnx.eval_shape(make)
+    return found
+
+
+def places_in(model: Llama) -> dict[str, Place]:
+    """Where each canonical array lies in the parameters of a model."""
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    found = places(model.config, model.periods, (x for x in paths if x[0] != "vision"))
+    if isinstance(model, Multimodal):
+        found |= vision.places(model.vision.config, (x for x in paths if x[0] == "vision"))
+    return found
 
 
 class Spec(NamedTuple):
@@ -100,12 +127,11 @@ def cuts(model: Model) -> dict[str, int | None]:
 @functools.cache
 def text_places(config: TextConfig, *, scanned: bool) -> dict[str, tuple[Place, tuple[int, ...]]]:
     """Where each array of a decoder lies in its parameters, and the array's shape."""
-    execution = Execution(scan=scanned)
-    text = nnx.eval_shape(lambda: Llama(config, execution=execution, rngs=nnx.Rngs(0)))
+    text = outline(Model(config), Execution(scan=scanned))
     flat = dict(nnx.to_flat_state(nnx.state(text, nnx.Param)))
     return {
         name: (place, flat[place.path].shape[place.period is not None :])
-        for name, place in places(config, text.periods, flat).items()
+        for name, place in places_in(text).items()
     }
 
 

@@ -30,11 +30,13 @@ from l4jax.checkpoints.formats import (
     have_sizes,
     is_llama3,
     make_files,
+    model_of,
     our_shape,
+    places_in,
     some,
 )
 from l4jax.checkpoints.rows import Cell, Joined, Rows, Sum
-from l4jax.checkpoints.tables import SAME, Match, check_complete, expand, places, their_shape
+from l4jax.checkpoints.tables import SAME, Match, check_complete, expand, their_shape
 from l4jax.config import TextConfig
 from l4jax.kernels.quantized import DTYPES, Quantized, Scheme, scheme_of
 from l4jax.models.llama4 import Llama
@@ -291,7 +293,7 @@ def save(
     """
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     arrays: dict[str, tuple[Any, int | None]] = {}
-    for name, place in places(model.config, model.periods, flat).items():
+    for name, place in places_in(model).items():
         value = flat[place.path].get_raw_value()
         if isinstance(value, Quantized):
             arrays[name + SCALE] = value.scale, place.period
@@ -301,9 +303,10 @@ def save(
         name: Spec(x.shape if period is None else x.shape[1:], np.dtype(x.dtype))
         for name, (x, period) in arrays.items()
     }
-    check_complete(_table(_description(Model(model.config), None), split_experts=False), wanted)
+    kind = model_of(model)
+    check_complete(_table(_description(kind, None), split_experts=False), wanted)
     new = target(
-        Model(model.config),
+        kind,
         wanted,
         directory,
         described={},

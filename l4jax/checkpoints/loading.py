@@ -11,9 +11,9 @@ from flax import nnx
 
 from l4jax import sharding
 from l4jax.checkpoints.arrays import stackable
-from l4jax.checkpoints.formats import SCALE, Source
+from l4jax.checkpoints.formats import SCALE, Source, Spec, outline, places_in
 from l4jax.checkpoints.rows import Joined, cast
-from l4jax.checkpoints.tables import Match, places
+from l4jax.checkpoints.tables import Match
 from l4jax.config import Execution
 from l4jax.kernels.quantized import Quantized, dequantize
 from l4jax.models.llama4 import Llama
@@ -23,7 +23,7 @@ def build(source: Source, *, dtype: str | None, execution: Execution | None) -> 
     """The model that a source holds.
 
     Args:
-        source: its text part is built.
+        source: what its `model` says is built; tensors of another part are not read.
         dtype: of the parameters; quantized ones are multiplied out. As stored by default.
         execution: how the model computes; by default in the parameters' type. Layers are unrolled
             where they cannot be stacked, because only some of them are quantized.
@@ -31,16 +31,24 @@ def build(source: Source, *, dtype: str | None, execution: Execution | None) -> 
     arrays = _Arrays(source, dtype)
     if execution is None:
         execution = Execution.for_parameters(dtype or source.arrays["embed"].dtype)
-    text = {name: x for name, x in source.arrays.items() if not name.startswith("vision.")}
-    scanned, text = stackable(source.model._replace(vision=None), text)
-    if not scanned and dtype is None:
+    specs: dict[str, Spec] = {}
+    for images in (False, True):
+        part = {n: x for n, x in source.arrays.items() if n.startswith("vision.") == images}
+        stacked, part = stackable(source.model, part)
+        specs |= part
+        if stacked or dtype is not None:
+            continue
+        if images and source.model.vision is not None:
+            raise ValueError(
+                f"{source.directory}: only some layers of its image encoder are quantized, but "
+                "they are stacked: give a dtype to multiply them out"
+            )
         execution = dataclasses.replace(execution, scan=False)
-    config = source.model.text
-    model = nnx.eval_shape(lambda: Llama(config, execution=execution, rngs=nnx.Rngs(0)))
+    model = outline(source.model, execution)
     graph, abstract = nnx.split(model)
     flat = nnx.to_flat_state(abstract)
     names: dict[tuple, dict[int | None, str]] = {}
-    for name, place in places(config, model.periods, (path for path, _ in flat)).items():
+    for name, place in places_in(model).items():
         names.setdefault(place.path, {})[place.period] = name
     layout = dict(nnx.to_flat_state(sharding.shardings(abstract)))
 
@@ -53,7 +61,7 @@ def build(source: Source, *, dtype: str | None, execution: Execution | None) -> 
             return param.replace(
                 Quantized(arrays.placed(by_index, place), arrays.placed(scales, beside))
             )
-        kind = np.dtype(jax.dtypes.canonicalize_dtype(np.dtype(dtype or text[first].dtype)))
+        kind = np.dtype(jax.dtypes.canonicalize_dtype(np.dtype(dtype or specs[first].dtype)))
         return param.replace(arrays.placed(by_index, place, kind))
 
     state = nnx.from_flat_state({path: fill(path, param) for path, param in flat})

@@ -21,7 +21,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from l4jax import sharding
-from l4jax.checkpoints.formats import Model
+from l4jax.checkpoints.formats import Model, model_of, outline
 from l4jax.checkpoints.safetensors import write_json
 from l4jax.config import Execution, Layer, TextConfig, VisionConfig
 from l4jax.kernels.quantized import Quantized
@@ -81,15 +81,18 @@ def write_marker(directory: pathlib.Path, marker: Marker) -> None:
 
 
 # --- Models --------------------------------------------------------------------------------------
-def load(directory: pathlib.Path, *, dtype: str | None, execution: Execution | None) -> Llama:
+def load(
+    directory: pathlib.Path, *, vision: bool, dtype: str | None, execution: Execution | None
+) -> Llama:
     """The model in a directory; see `checkpoints.load` for the arguments."""
-    config = read_marker(directory).model.text
+    kind = read_marker(directory).model
     there = _same_keys(ocp.metadata(_parameters(directory)).metadata)
-    there.pop("vision", None)
+    if not vision or "vision" not in there:
+        kind = Model(kind.text)
+        there.pop("vision", None)
     execution = execution or Execution.for_parameters(dtype or _first(there["embed"]).dtype)
     execution = dataclasses.replace(execution, scan="layers" in there)
-    model = nnx.eval_shape(lambda: Llama(config, execution=execution, rngs=nnx.Rngs(0)))
-    graph, abstract = nnx.split(model)
+    graph, abstract = nnx.split(outline(kind, execution))
     layout = dict(nnx.to_flat_state(sharding.shardings(abstract)))
     flat = dict(nnx.to_flat_state(abstract))
     found = {path: _leaf(there, path) for path in flat}
@@ -155,6 +158,13 @@ def from_json(kind: Any, value: Any) -> Any:
 
 def save(model: Llama, directory: pathlib.Path) -> None:
     """Writes the parameters and, last of all, the marker into an existing directory."""
+    save_parameters(model, _parameters(directory))
+    if jax.process_index() == 0:  # arrays are written by all processes, the marker by one
+        write_marker(directory, Marker(model_of(model), {}))
+
+
+def save_parameters(model: Llama, place: Any) -> None:
+    """Writes the parameters at an absolute path, or at a gs:// address (`epath.Path`)."""
     state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     state = jax.tree.map(
         lambda x: {VALUES: x.values, SCALES: x.scale} if isinstance(x, Quantized) else x,
@@ -165,9 +175,7 @@ def save(model: Llama, directory: pathlib.Path) -> None:
     # One chunk as large as the array could not be read back in constant memory.
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     with context:
-        ocp.save(_parameters(directory), state)
-    if jax.process_index() == 0:  # arrays are written by all processes, the marker by one
-        write_marker(directory, Marker(Model(model.config), {}))
+        ocp.save(place, state)
 
 
 def _abstract(saved: Any, dtype: Any, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

@@ -27,16 +27,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 
 import l4jax.checkpoints.llama3 as llama3
 import l4jax.checkpoints.llama4 as llama4
 from l4jax import lora, weights
 from l4jax.checkpoints.directory import new_directory
-from l4jax.checkpoints.formats import Model, is_llama3, some
+from l4jax.checkpoints.formats import is_llama3, model_of, places_in, some
 from l4jax.checkpoints.safetensors import Tensor, scan_file, write, write_json
-from l4jax.checkpoints.tables import Match, expand, places
+from l4jax.checkpoints.tables import Match, expand
 from l4jax.models.llama4 import Llama
 from l4jax.weights import Matrix
 
@@ -335,17 +334,16 @@ def _values(parts: Mapping[str, Part], found: Mapping[str, Factors]) -> dict[str
 def _parts(model: Llama) -> dict[str, Part]:
     """Every layer's matrices by canonical name."""
     every = {matrix.name: matrix for matrix in weights.matrices(model, weights.EVERY)}
-    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model))]
     return {
         name: Part(every[stem], place.period)
-        for name, place in places(model.config, model.periods, paths).items()
+        for name, place in places_in(model).items()
         if (stem := ".".join(map(str, place.path))) in every
     }
 
 
 def _matches(model: Llama) -> list[Match]:
     """The tensors that hold matrices, in transformers' names."""
-    family = llama3 if is_llama3(Model(model.config)) else llama4
+    family = llama3 if is_llama3(model_of(model)) else llama4
     known = _parts(model)
     every = [match for match, _ in expand(family.rules(model.config), model.config)]
     return [match for match in every if match.ours[0] in known]

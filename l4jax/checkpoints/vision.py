@@ -6,7 +6,7 @@ in our arrays, as in the decoder's; linear maps are (in, out); layers are number
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from l4jax.checkpoints.fields import Fields
@@ -16,6 +16,7 @@ from l4jax.checkpoints.tables import (
     TRANSPOSED,
     Layout,
     Match,
+    Place,
     head_bias,
     heads,
     heads_out,
@@ -131,6 +132,18 @@ def _norm(ours: str, d: int, hf: str, meta: str) -> list[Array]:
         Array(f"{ours}.{name}", (d,), SAME, hf + theirs, meta + theirs, Join(None))
         for name, theirs in (("scale", "weight"), ("bias", "bias"))
     ]
+
+
+def places(config: VisionConfig, paths: Iterable[tuple]) -> dict[str, Place]:
+    """Canonical name → place, for the state paths of an encoder, whose layers lie stacked."""
+    found = {}
+    for path in paths:
+        if path[1] != "layers":
+            found[".".join(map(str, path))] = Place(path, None)
+            continue
+        for number in range(config.num_layers):
+            found[".".join(map(str, (*path[:2], number, *path[2:])))] = Place(path, number)
+    return found
 
 
 def matches(found: Sequence[Array], theirs: Callable[[Array], str]) -> list[Match]:

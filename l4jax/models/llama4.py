@@ -48,6 +48,7 @@ REMAT: dict[str, Callable | None] = {
     ),
 }
 """What the backward pass of a layer finds saved; see `config.Execution.remat`."""
+Ints = Int[Array, "b t"]
 
 
 class Outputs(NamedTuple):
@@ -58,6 +59,21 @@ class Outputs(NamedTuple):
 
     logits: Float32[Array, "b t v"]
     routing: Routing | None
+
+
+class Fused(NamedTuple):
+    """Tokens that are not all words: an id from the vocabulary's size on is a row of `features`."""
+
+    ids: Ints
+    features: Float[Array, "r d"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the ids."""
+        return self.ids.shape
+
+
+Ids = Ints | Fused
 
 
 class Added(NamedTuple):
@@ -153,16 +169,12 @@ class Llama(nnx.Module):
         )
 
     def __call__(
-        self,
-        tokens: Int[Array, "b t"],
-        *,
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
+        self, tokens: Ids, *, positions: Ints | None = None, segment_ids: Ints | None = None
     ) -> Float32[Array, "b t v"]:
         """Logits of the token after each token.
 
         Args:
-            tokens: ids below the vocabulary size; any other gives NaN.
+            tokens: ids below the vocabulary size, or fused; any other gives NaN.
             positions: each token's absolute position; where they do not grow by one, another
                 segment begins. By default 0, 1, …, t-1, and with `segment_ids` counted from each
                 segment's start.
@@ -171,36 +183,26 @@ class Llama(nnx.Module):
         return self.outputs(tokens, positions=positions, segment_ids=segment_ids).logits
 
     def outputs(
-        self,
-        tokens: Int[Array, "b t"],
-        *,
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
+        self, tokens: Ids, *, positions: Ints | None = None, segment_ids: Ints | None = None
     ) -> Outputs:
         """Logits and what the routers did; arguments as for a plain call."""
         x, routing = self.hidden(tokens, positions=positions, segment_ids=segment_ids)
         return Outputs(self.logits(x), routing)
 
     def hidden(
-        self,
-        tokens: Int[Array, "b t"],
-        *,
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
+        self, tokens: Ids, *, positions: Ints | None = None, segment_ids: Ints | None = None
     ) -> tuple[Float[Array, "b t d"], Routing | None]:
         """What `logits` turns into logits, and what the routers did; arguments as for a call."""
-        where = None
         if positions is None and segment_ids is not None:
             positions = segment_positions(segment_ids)
+        where = None if positions is None else Where(positions, _runs(positions, segment_ids))
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        else:
-            where = Where(positions, _runs(positions, segment_ids))
         x, _, routing = self._decode(tokens, positions, where)
         return x, routing
 
     def prefill(
-        self, tokens: Int[Array, "b t"], counts: Int[Array, " b"] | None = None, *, context: int
+        self, tokens: Ids, counts: Int[Array, " b"] | None = None, *, context: int
     ) -> tuple[Float[Array, "b t d"], Cache]:
         """A new cache for up to `context` tokens per row, holding each row's first `counts` tokens.
 
@@ -210,7 +212,7 @@ class Llama(nnx.Module):
         return self._extend(tokens, self.empty_cache(tokens.shape[0], context), counts, fresh=True)
 
     def extend(
-        self, tokens: Int[Array, "b t"], cache: Cache, counts: Int[Array, " b"] | None = None
+        self, tokens: Ids, cache: Cache, counts: Int[Array, " b"] | None = None
     ) -> tuple[Float[Array, "b t d"], Cache]:
         """Final hidden states of tokens that continue each row, and the cache that holds them.
 
@@ -245,7 +247,7 @@ class Llama(nnx.Module):
         return jnp.einsum("...d,dv->...v", self.norm(x), head, preferred_element_type=jnp.float32)
 
     def _extend(
-        self, tokens: Array, cache: Cache, counts: Array | None, *, fresh: bool
+        self, tokens: Ids, cache: Cache, counts: Array | None, *, fresh: bool
     ) -> tuple[Array, Cache]:
         b, t = tokens.shape
         counts = jnp.full((b,), t, jnp.int32) if counts is None else counts
@@ -256,7 +258,7 @@ class Llama(nnx.Module):
 
     def _decode(
         self,
-        ids: Array,
+        tokens: Ids,
         positions: Array,
         where: Where | None,
         cache: Cache | None = None,
@@ -264,6 +266,7 @@ class Llama(nnx.Module):
     ) -> tuple[Array, Any, Routing | None]:
         """Hidden states before the final norm, the cache and every layer's routing, on any mesh."""
         sharding.check(self.config, jax.sharding.get_abstract_mesh().shape)
+        ids, features = tokens if isinstance(tokens, Fused) else (tokens, None)
         rows, _ = sharding.token_axes(ids.shape[0])
         # Tokens that follow a cache meet it where it lies, so they are not cut.
         follows = added is not None and not added.fresh
@@ -284,17 +287,17 @@ class Llama(nnx.Module):
         place = cache_specs(cache, row)
         run = sharding.per_shard(
             shard,
-            (sharding.specs(state), token, token, token, place, row),
+            (sharding.specs(state), token, sharding.spec(None, "embed"), token, token, place, row),
             (token, place, PartitionSpec()),
         )
-        return run(state, ids, positions, where, cache, added and added.counts)
+        return run(state, ids, features, positions, where, cache, added and added.counts)
 
     def _shard(
         self, modules: tuple, arrays: tuple, added: Added | None, cut: Split | None, tiling: Tiling
     ) -> tuple[Array, Any, Routing | None]:
         """`_decode` on one shard: its part of the arrays, and of these modules' parameters."""
-        (embed, layers, tail), (ids, positions, where, cache, counts) = modules, arrays
-        x = lookup(embed, ids, self.config.vocab_size, self.execution.dtype)
+        (embed, layers, tail), (ids, features, positions, where, cache, counts) = modules, arrays
+        x = lookup(embed, ids, self.config.vocab_size, self.execution.dtype, features)
         tokens = describe(self.config, positions, where, cut)
         how = How(tiling, capacity=self.execution.capacity)
         if added is not None:
@@ -333,9 +336,11 @@ class Llama(nnx.Module):
 
 
 def lookup(
-    table: nnx.Param, ids: Int[Array, "b t"], vocab_size: int, dtype: str
+    table: nnx.Param, ids: Ints, vocab_size: int, dtype: str, features: Array | None = None
 ) -> Float[Array, "b t d"]:
     """The rows of an embedding table, of which each shard has some columns and some rows.
+
+    Ids from `vocab_size` on are rows of `features`, of which each shard has the same columns.
 
     Ids are few bytes, so each shard looks up its columns for all shards' ids and sends them there:
     the table itself, a thousand times larger than the answers, is never gathered.
@@ -348,6 +353,10 @@ def lookup(
     local = jnp.where(asked < first, part.shape[0], asked - first)
     found = part.at[local].get(mode="fill", fill_value=0).astype(dtype)
     found = total(found, "tensor")
+    if features is not None:
+        fused = features.astype(dtype)[asked - vocab_size]
+        found = jnp.where((asked < vocab_size)[..., None], found, fused)
+        vocab_size += features.shape[0]
     found = jnp.where(((asked < 0) | (asked >= vocab_size))[..., None], jnp.nan, found)
     return sharding.exchange(found, 0, 3, *axes)[0]
 
