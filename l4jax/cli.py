@@ -14,13 +14,17 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from l4jax.config import VisionConfig
+    from l4jax.data.tokenizer import Tokenizer
+    from l4jax.models.multimodal import Images
 
 
 class UsageError(ValueError):
@@ -90,12 +94,14 @@ class Info(Output):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(Output):
-    """Continue a prompt, or answer it as a chat message, with a checkpoint."""
+    """Continue a prompt, with images or without, or answer it as a chat message."""
 
     checkpoint: Annotated[pathlib.Path, tyro.conf.Positional]
     """Directory of the model, with its tokenizer.json or tokenizer.model."""
     prompt: str
     """What to continue, or with --chat what the user says."""
+    image: Annotated[tuple[pathlib.Path, ...], tyro.conf.UseAppendAction] = ()
+    """A file, once for each image. They come where the prompt says <|image|>, or else before it."""
     chat: bool = False
     """Render the prompt as a conversation and stop at the end of the answer."""
     system: str | None = None
@@ -116,7 +122,7 @@ class Generate(Output):
     def run(self) -> None:
         """Generates, printing text as it comes."""
         from l4jax import checkpoints, inference
-        from l4jax.data import chat, tokenizer
+        from l4jax.data import tokenizer
         from l4jax.inference import sampling
 
         if self.system is not None and not self.chat:
@@ -129,16 +135,13 @@ class Generate(Output):
             sampling.Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        checkpoints.read_config(self.checkpoint)
+        vision = checkpoints.read_model(self.checkpoint).vision
+        if self.image and vision is None:
+            raise ValueError(f"{self.checkpoint} reads text only: it has no encoder for --image")
         coder = tokenizer.load(self.checkpoint)
-        if self.chat:
-            messages = [{"role": "system", "content": self.system}] if self.system else []
-            messages.append({"role": "user", "content": self.prompt})
-            ids = chat.render(messages, coder, add_generation_prompt=True).tokens
-        else:
-            ids = coder.encode(self.prompt, bos=coder.bos_id is not None)
+        ids, seen = self._prompt(coder, vision)
         with self.console().status(f"Loading {self.checkpoint}"):
-            model = checkpoints.load(self.checkpoint, dtype=self.dtype)
+            model = checkpoints.load(self.checkpoint, vision=seen is not None, dtype=self.dtype)
         begun = time.perf_counter()
         new, text, decoder = [], "", coder.stream(skip_special=True)
         for token in inference.stream(
@@ -150,6 +153,7 @@ class Generate(Output):
             top_k=self.top_k,
             seed=self.seed,
             stop_ids=coder.stop_ids,
+            images=seen,
         ):
             # A vocabulary padded beyond the tokenizer's has ids that are no text.
             piece = decoder.push(token) if token < coder.vocab_size else ""
@@ -167,6 +171,39 @@ class Generate(Output):
             "seconds": seconds,
         }
         self.print(result, lambda console: print(rest))
+
+    def _prompt(
+        self, coder: Tokenizer, vision: VisionConfig | None
+    ) -> tuple[list[int], Images | None]:
+        """The prompt as token ids, and its images if it has any."""
+        import numpy as np
+
+        from l4jax.data import chat, images
+        from l4jax.models import multimodal
+
+        settings = None if vision is None else images.of_checkpoint(self.checkpoint, vision)
+        tiled: Sequence[images.Tiled] = ()
+        if self.chat:
+            said = [self.prompt] if settings is None else images.parts(self.prompt, self.image)
+            content = [
+                {"type": "text", "text": x} if isinstance(x, str) else {"type": "image", "image": x}
+                for x in said
+            ]
+            messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+            if self.system:
+                messages.insert(0, {"role": "system", "content": self.system})
+            rendered = chat.render(messages, coder, add_generation_prompt=True, images=settings)
+            ids, tiled = rendered.tokens, rendered.images
+        elif settings is None:
+            ids = coder.encode(self.prompt, bos=coder.bos_id is not None)
+        else:
+            tiled = images.process(self.image, settings)
+            ids = images.prompt(self.prompt, tiled, coder, settings.tokens_per_tile)
+        if vision is None or not tiled:
+            return ids, None
+        tiles = np.concatenate([image.tiles for image in tiled])
+        patch = images.special(coder, images.PATCH)
+        return ids, multimodal.arrange(np.array([ids]), tiles, vision, patch_id=patch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -200,8 +200,9 @@ def get(name: str) -> Preset:
     """
     base = name.removeprefix("tiny-")
     if base not in PRESETS:
-        near = difflib.get_close_matches(base, PRESETS, n=3, cutoff=0.4) or sorted(PRESETS)
-        raise ValueError(f"no preset is called {name!r}; did you mean {', '.join(near)}?")
+        near = difflib.get_close_matches(base, PRESETS, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(PRESETS)}"
+        raise ValueError(f"no preset is called {name!r}; {hint}")
     preset = PRESETS[base]
     if base == name:
         return preset

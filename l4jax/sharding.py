@@ -102,7 +102,7 @@ def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
 
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules = TRAINING) -> Iterator[None]:
-    """Inside this block models are created, loaded and run on `mesh`, laid out by `rules`."""
+    """Models made or loaded in this block run on `mesh`, laid out by `rules`; others cannot."""
     token = _rules.set(rules)
     try:
         with jax.set_mesh(mesh):

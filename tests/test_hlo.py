@@ -213,6 +213,20 @@ def test_a_loop_that_ends_by_data_counts_once_and_is_named():
     assert (found.wire(), found.open_loops, found.idle_loops) == (32, ("jit(f)/while",), 0)
 
 
+def test_of_a_loop_of_known_steps_one_counts_and_its_part_of_the_rest():
+    body = """
+  %zero = s32[] constant(0)
+  %p = f32[8]{0} parameter(0)
+  %before = f32[8]{0} all-gather(%p), replica_groups={{0,1}}, dimensions={0}
+  %begin = (s32[], f32[8]{0}) tuple(%zero, %before)
+  %w = (s32[], f32[8]{0}) while(%begin), condition=%condition, body=%body
+  ROOT %out = f32[8]{0} get-tuple-element(%w), index=1
+"""
+    found = counted(body, COMPARE + LOOP.replace("STEP", "1").replace("TEST", BY_DATA), steps=4)
+    assert found.wire_by_kind() == {"all-reduce": 32, "all-gather": 32 / 4}
+    assert found.open_loops == ()
+
+
 def test_a_loop_for_unbalanced_routing_does_not_run():
     name = f"jit(f)/transpose(jvp({hlo.IDLE}))/while"
     found = looped(BY_DATA, attributes=f', metadata={{op_name="{name}"}}')

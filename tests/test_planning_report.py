@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import threading
 import types
 
 import jax
+import matplotlib.figure
 import pytest
 
 from l4jax import cli, presets
-from l4jax.planning import chips, compiler, hlo, plan
+from l4jax.planning import chips, compiler, hlo, meshes, plan
 from tpu.plans import __main__ as plans
 
 needs_libtpu = pytest.mark.skipif(
@@ -53,6 +57,12 @@ def optimized():
             "has 8 devices, but v5p:2x2x1 has 4; nearest meshes that do: fsdp=4",
         ),
         (("--topology", "v5p:2x2x1", "--batch", "0"), "batch 0 must be greater than 0"),
+        (("--topology", "v5p:2x2x1", "--seq", "-1"), "seq -1 must be greater than 0"),
+        (("--topology", "v5p:2x2x1", "--mesh", "fsdp=2,fsdp=4"), "gives fsdp twice"),
+        (
+            ("--topology", "v5p:2x2x1", "--price-per-chip-hour", "inf"),
+            "price_per_chip_hour inf must be greater than 0, and finite",
+        ),
         (("--topology", "v5p:2x2x1", "--seq", "99999999"), "99999999 tokens are more than"),
         (("--topology", "v5p:2x2x1", "--context", "64"), "--context is for --task decode"),
         (
@@ -74,6 +84,20 @@ def optimized():
 def test_bad_usage_is_one_clear_line(run, options, message):
     code, out, err = run("plan", "tiny-llama4-scout", *options)
     assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("preset", "mesh", "message"),
+    [
+        ("llama3.1-8b", "expert=4", "a dense model has no experts to split; fsdp does the same"),
+        ("nonsense", "fsdp=4", "no preset is called 'nonsense'; there are llama"),
+        ("l4jax", "fsdp=4", "l4jax is no preset: plan takes the name of the one that it is of"),
+    ],
+)
+def test_what_has_no_such_mesh_or_is_no_preset_is_said(run, preset, mesh, message):
+    code, _, err = run("plan", preset, "--topology", "v5p:2x2x1", "--mesh", mesh)
+    assert (code, err.count("\n")) == (2, 1)
     assert message in err
 
 
@@ -179,7 +203,13 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(run, answer, tmp_path
     assert found["hbm_gib"]["missing"] == pytest.approx(101.0 - 95.74)
     options = {line.split()[0] for line in found["advice"]}
     assert {"--remat", "--batch", "--seq", "--topology"} <= options
-    assert "--topology v5p:2x2x2" in found["advice"]
+    # The mesh and the remat that were asked for would not do on another slice, and are named.
+    assert "--topology v5p:2x2x4 --mesh fsdp=16" in found["advice"]
+    parts = [found["hbm_gib"][name] for name in ("parameters", "optimizer", "temporaries")]
+    assert sum(parts) == pytest.approx(101.0)
+    assert (tmp_path / "compiler.txt").read_text().startswith("RESOURCE_EXHAUSTED")
+    code, text, _ = run(*ASKED)
+    assert "at least 101.0 of 95.74 GiB" in text
     assert (tmp_path / "plan.png").exists()
 
 
@@ -192,6 +222,85 @@ def test_a_refusal_is_one_line_and_a_file(run, answer, tmp_path):
     assert (code, out) == (1, "")
     assert "the TPU compiler refuses this program: Mosaic failed to compile: bad tile" in err
     assert (tmp_path / "compiler.txt").read_text().endswith("and much more")
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "last"),
+    [
+        # An odd batch has no half; less of it may need another mesh as well.
+        ({"task": "decode", "batch": 17, "length": 65536}, "--batch 4", "--topology v5e:4x4"),
+        (
+            {"task": "prefill", "batch": 64, "mesh": meshes.parse("data=4")},
+            "--batch 32 --mesh fsdp=4",
+            "--topology v5e:2x4 --mesh fsdp=8",
+        ),
+    ],
+)
+def test_advice_can_be_followed(options, first, last):
+    request = plan.Request(preset="llama3.1-8b", topology=chips.parse("v5e:2x2"), **options)
+    mesh, remat = request.layout()
+    needed = meshes.estimate(request.config, request.topology, request.work, mesh, remat).gib
+    found = plan.advice(request, mesh, remat, needed)
+    assert (found[0], found[-1]) == (first, last)
+
+
+def test_an_earlier_plan_does_not_stay_beside_a_failed_one(run, answer, tmp_path):
+    answer(lambda mesh: taken())
+    assert run(*ASKED, "--out", tmp_path)[0] == 0
+
+    def refuse(mesh):
+        raise compiler.Failed("INTERNAL: no")
+
+    answer(refuse)
+    assert run(*ASKED, "--out", tmp_path)[0] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["compiler.txt"]
+
+
+def test_ctrl_c_does_not_wait_for_the_compiler(run, answer):
+    compiling, end = threading.Event(), threading.Event()
+
+    def compile(mesh):
+        compiling.set()
+        end.wait(60)
+        return taken()
+
+    answer(compile)
+    asked = threading.Thread(
+        target=lambda: compiling.wait(60) and os.kill(os.getpid(), signal.SIGINT)
+    )
+    asked.start()
+    code, out, err = run(*ASKED)
+    assert (code, out, err.splitlines()[-1]) == (130, "", "l4jax: interrupted")
+    assert not end.is_set()
+    end.set()
+    asked.join()
+
+
+def test_a_search_keeps_to_the_remat_that_was_asked_for(run, answer):
+    answer(lambda mesh: taken())
+    code, text, _ = run(
+        *("plan", "llama3.1-8b", "--topology", "v5p:2x2x1", "--search", "--limit", "2"),
+        *("--remat", "offload", "--json"),
+    )
+    assert code == 0
+    assert [found["remat"] for found in json.loads(text)["plans"]] == ["offload"] * 2
+
+
+def test_a_small_model_has_bars_and_numbers_too(run, answer, monkeypatch, tmp_path):
+    drawn = []
+    answer(lambda mesh: taken())
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda self, *rest, **how: (drawn.append(self), save(self, *rest, **how)),
+    )
+    assert run(*ASKED, "--out", tmp_path)[0] == 0
+    _, times, wire = drawn[0].axes
+    assert times.get_xlabel().startswith("least time per step, ")
+    assert len(times.patches) == 3, "compute, hbm and ici, however short"
+    assert wire.get_xlabel().startswith("kB sent per device and step")
+    assert {round(bar.get_width(), 3) for bar in wire.patches} == {round(3 * 64 * 64 * 2 / 1e3, 3)}
 
 
 def test_a_search_ranks_what_it_compiles(run, answer):

@@ -1,22 +1,25 @@
 r"""Conversations as token ids, the way Llama 3 and Llama 4 saw them in training.
 
-A message is a dictionary in the OpenAI style: "role", "content" (a string or a list of text parts)
-and, for the assistant, "tool_calls" and "stop_reason". Each becomes a turn
+A message is a dictionary in the OpenAI style: "role", "content" (a string, or a list of parts that
+are text or images) and, for the assistant, "tool_calls" and "stop_reason". Each becomes a turn
 
     <|header_start|> role <|header_end|> \n\n  content  <|eot|>
 
 (Llama 3: start_header_id, end_header_id, eot_id) after one begin_of_text. Content is encoded as it
-stands, unstripped, and special names inside it stay text. The tokens follow the chat formats of
-Meta's `llama-models` package; where `<|eom|>` ends a turn differs between the families, see
-`_ends_message`.
+stands, unstripped, and special names inside it stay text; an image becomes the tokens of
+`images.layout` where it stands. The tokens follow the chat formats of Meta's `llama-models`
+package; where `<|eom|>` ends a turn differs between the families, see `_ends_message`.
 
     rendered = render([{"role": "user", "content": "Hi"}], tok, add_generation_prompt=True)
+    parts = [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is it?"}]
+    rendered = render([{"role": "user", "content": parts}], tok, images=images.Settings())
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+import l4jax.data.images as pictures
 from l4jax.data.tokenizer import Family, Tokenizer
 
 Message = Mapping[str, Any]
@@ -40,11 +43,14 @@ class Rendered(NamedTuple):
     Attributes:
         tokens: Token ids, begin_of_text first.
         loss_mask: One flag per token, True on what the assistant must produce: its content, its
-            tool calls and the eot or eom that closes them, but never a header.
+            tool calls and the eot or eom that closes them, but never a header or an image.
+        images: The images in the order of their tokens, as `images.Tiled`, but those that are given
+            as `images.Picture` as they are.
     """
 
     tokens: list[int]
     loss_mask: list[bool]
+    images: tuple[Any, ...] = ()
 
 
 class _Marks(NamedTuple):
@@ -69,6 +75,22 @@ class _Call(NamedTuple):
     arguments: dict[str, Any]
 
 
+class _Image(NamedTuple):
+    """An image in a message: what it is read from, and where it stands."""
+
+    source: Any
+    where: str
+
+
+class _Turn(NamedTuple):
+    """A message as it was read."""
+
+    role: str
+    reason: str | None
+    contents: list[str | _Image]
+    calls: list[_Call]
+
+
 def render(
     messages: Sequence[Message],
     tokenizer: Tokenizer,
@@ -76,6 +98,7 @@ def render(
     add_generation_prompt: bool = False,
     style: Family | None = None,
     tool_format: ToolFormat = "json",
+    images: pictures.Settings | None = None,
 ) -> Rendered:
     """Tokens of a conversation, with the mask of those to learn.
 
@@ -83,16 +106,21 @@ def render(
         messages: The turns, oldest first. A message has a "role" (system, user, assistant, tool or
             ipython) and "content"; an assistant message may have "tool_calls" ({"name",
             "arguments"}, also nested under "function", arguments as a dictionary or its JSON) and
-            a "stop_reason" (end_of_turn, end_of_message or out_of_tokens).
+            a "stop_reason" (end_of_turn, end_of_message or out_of_tokens). Parts of a content are
+            {"type": "text", "text": ...}, {"type": "image", "image": ...} with anything that
+            `images.read` takes, and {"type": "image_url", "image_url": {"url": ...}} with a data:
+            URL or a path: a server must not pass on paths, which name its own files.
         tokenizer: Supplies the ids, and the family unless `style` does.
         add_generation_prompt: Whether to end with the header of the assistant's next turn.
         style: The family whose format to use; the tokenizer's own by default.
         tool_format: How tool calls are written: "json" objects, "function_tag" elements, or a
             "python_list" of calls.
+        images: How images become tiles; None for a model that reads text only.
 
     Raises:
-        ValueError: If a message is malformed (the text names its index), the style is unknown or
-            absent, or the tokenizer lacks a special token of the style.
+        ValueError: If a message is malformed (the text names its index), an image cannot be read or
+            no `images` are given for it, the style is unknown or absent, or the tokenizer lacks a
+            special token of the style.
     """
     style = tokenizer.family if style is None else style
     if style not in _MARKS:
@@ -101,24 +129,40 @@ def render(
     if tool_format not in get_args(ToolFormat):
         known = ", ".join(get_args(ToolFormat))
         raise ValueError(f"unknown tool_format {tool_format!r}; use one of {known}")
-    writer = _Writer(tokenizer, style)
+    turns = [_turn(x, index, text_only=images is None) for index, x in enumerate(messages)]
+    settings = images or pictures.Settings()
+    tiled = _tiled(turns, settings)
+    layouts = [pictures.layout(x.grid, tokenizer, settings.tokens_per_tile) for x in tiled]
+    writer = _Writer(tokenizer, style, layouts)
     writer.mark("<|begin_of_text|>")
-    for index, message in enumerate(messages):
-        _write_message(writer, message, index=index, tool_format=tool_format)
+    for index, turn in enumerate(turns):
+        _write_turn(writer, turn, index=index, tool_format=tool_format)
     if add_generation_prompt:
         writer.header("assistant")
-    return Rendered(writer.tokens, writer.loss_mask)
+    return Rendered(writer.tokens, writer.loss_mask, tiled)
+
+
+def _tiled(
+    turns: Sequence[_Turn], settings: pictures.Settings
+) -> tuple[pictures.Tiled | pictures.Picture, ...]:
+    """The images of all turns; they are worked on together, unless they are to be cut later."""
+    found = [part for turn in turns for part in turn.contents if isinstance(part, _Image)]
+    if all(isinstance(part.source, pictures.Picture) for part in found):
+        return tuple(part.source for part in found)
+    names = [f"{part.where} ({pictures.title(part.source)})" for part in found]
+    return tuple(pictures.process([part.source for part in found], settings, names=names))
 
 
 class _Writer:
     """Collects tokens and their mask; every piece of text is encoded on its own, as Meta does."""
 
-    def __init__(self, tokenizer: Tokenizer, style: Family) -> None:
+    def __init__(self, tokenizer: Tokenizer, style: Family, layouts: list[list[int]]) -> None:
         self.style = style
         self.marks = _MARKS[style]
         self.tokens: list[int] = []
         self.loss_mask: list[bool] = []
         self._tokenizer = tokenizer
+        self._layouts = iter(layouts)
 
     def mark(self, name: str, *, learn: bool = False) -> None:
         """Appends one special token."""
@@ -136,6 +180,12 @@ class _Writer:
         self.tokens += ids
         self.loss_mask += [learn] * len(ids)
 
+    def image(self) -> None:
+        """Appends the tokens of the next image, which nobody is to learn."""
+        ids = next(self._layouts)
+        self.tokens += ids
+        self.loss_mask += [False] * len(ids)
+
     def header(self, role: str) -> None:
         """Appends the header that opens a turn."""
         self.mark(self.marks.header_start)
@@ -144,20 +194,20 @@ class _Writer:
         self.text("\n\n")
 
 
-def _write_message(writer: _Writer, message: Any, *, index: int, tool_format: ToolFormat) -> None:
+def _write_turn(writer: _Writer, turn: _Turn, *, index: int, tool_format: ToolFormat) -> None:
     """Appends one turn."""
-    role, reason = _role(message, index), _stop_reason(message, index)
-    calls = _tool_calls(message, role, index)
-    contents = _contents(message, index, optional=bool(calls))
-    learn = role == "assistant"
-    writer.header(role)
+    calls, learn = turn.calls, turn.role == "assistant"
+    writer.header(turn.role)
     if writer.style == "llama3" and calls and calls[0].name == "code_interpreter":
         writer.mark("<|python_tag|>", learn=learn)
-    for content in contents + _call_texts(calls, index, tool_format):
-        writer.text(content, learn=learn)
-    eom = _ends_message(writer.style, role, reason, calls)
+    for content in (*turn.contents, *_call_texts(calls, index, tool_format)):
+        if isinstance(content, str):
+            writer.text(content, learn=learn)
+        else:
+            writer.image()
+    eom = _ends_message(writer.style, turn.role, turn.reason, calls)
     # A turn that ran out of tokens is closed for whoever reads on, but its author did not close it.
-    closed = reason != "out_of_tokens"
+    closed = turn.reason != "out_of_tokens"
     writer.mark(writer.marks.eom if eom else writer.marks.eot, learn=learn and closed)
 
 
@@ -173,6 +223,18 @@ def _ends_message(style: Family, role: str, reason: str | None, calls: list[_Cal
 
 
 # --- Reading messages ----------------------------------------------------------------------------
+def _turn(message: Any, index: int, *, text_only: bool) -> _Turn:
+    role, reason = _role(message, index), _stop_reason(message, index)
+    calls = _tool_calls(message, role, index)
+    contents = _contents(message, index, optional=bool(calls))
+    image = next((part for part in contents if isinstance(part, _Image)), None)
+    if image is not None and text_only:
+        raise ValueError(
+            f"{image.where} is an image; images need the vision model, this is text only"
+        )
+    return _Turn(role, reason, contents, calls)
+
+
 def _role(message: Any, index: int) -> str:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {index} is {message!r}; expected a dictionary with a role")
@@ -190,8 +252,8 @@ def _stop_reason(message: Message, index: int) -> str | None:
     return reason
 
 
-def _contents(message: Message, index: int, *, optional: bool) -> list[str]:
-    """The text parts of a message; a missing content is no text where it is `optional`."""
+def _contents(message: Message, index: int, *, optional: bool) -> list[str | _Image]:
+    """The parts of a message; a missing content is no part where it is `optional`."""
     content = message.get("content")
     if content is None:
         if optional:
@@ -201,18 +263,23 @@ def _contents(message: Message, index: int, *, optional: bool) -> list[str]:
         return [content]
     if not isinstance(content, (list, tuple)):
         raise ValueError(
-            f"message {index} has content {content!r}; use a string or a list of text parts"
+            f"message {index} has content {content!r}; use a string or a list of parts"
         )
-    return [_part_text(part, f"message {index}, part {n}") for n, part in enumerate(content)]
+    return [_part(part, f"message {index}, part {n}") for n, part in enumerate(content)]
 
 
-def _part_text(part: Any, where: str) -> str:
+def _part(part: Any, where: str) -> str | _Image:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind in ("image", "image_url"):
-        raise ValueError(f"{where} is an image; images need the vision model, this is text only")
+        source = part.get(kind)
+        if kind == "image_url" and isinstance(source, Mapping):
+            source = source.get("url")
+        return _Image(source, where)
     text = part.get("text") if kind == "text" else None
     if not isinstance(text, str):
-        raise ValueError(f'{where} is {part!r}; expected {{"type": "text", "text": "..."}}')
+        raise ValueError(
+            f'{where} is {part!r}; expected {{"type": "text", "text": "..."}}, or an image'
+        )
     return text
 
 

@@ -2,7 +2,7 @@
 
 Prompt lengths and contexts are rounded up, so that few shapes are compiled, and the loop's trip
 count is a runtime value: `generate` and `stream` run the same two compiled functions. The cache is
-donated to the loop and updated in place.
+donated to the loop and updated in place. Images are encoded in the prefill.
 
 Letters: see `models.layers`; i stop ids.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 from l4jax.inference.sampling import Sampling, sample
 from l4jax.models.cache import Cache
 from l4jax.models.llama4 import Llama
+from l4jax.models.multimodal import Images, Multimodal
+from l4jax.models.vision import tile_features
 
 PIECE = 64
 """Most decode steps in one call of the compiled loop."""
@@ -67,6 +69,7 @@ def generate(  # noqa: PLR0913 - keywords that callers know from other libraries
     stop_ids: Sequence[int] = (),
     lengths: Sequence[int] | np.ndarray | jax.Array | None = None,
     context: int | None = None,
+    images: Images | None = None,
 ) -> Generated:
     """Continues every prompt by up to `max_new_tokens` tokens.
 
@@ -85,17 +88,20 @@ def generate(  # noqa: PLR0913 - keywords that callers know from other libraries
         stop_ids: a row ends behind the first of these.
         lengths: how many tokens of each row of an array are real; all by default.
         context: tokens the cache has room for in each row, by default what this call needs.
+        images: in the prompts, from `models.multimodal.arrange`; for a `Multimodal` model.
 
     Raises:
         ValueError: a prompt is empty, or has an id outside the vocabulary, or does not fit into
-            the context together with `max_new_tokens`; or a sampling value is out of range.
+            the context together with `max_new_tokens`; a sampling value is out of range; or
+            images fit neither model nor prompts.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     prompts, counts = _padded(tokens, lengths)
     _check(model, prompts, counts, new=max_new_tokens, context=context, seed=seed)
+    seen = _seen(model, images, prompts, counts)
     how = _How(max_new_tokens, sampling, seed, tuple(stop_ids), context, PIECE)
     rows: list[list[int]] = [[] for _ in counts]
-    for piece in _pieces(model, prompts, counts, how):
+    for piece in _pieces(model, prompts, counts, seen, how):
         for row, new in zip(rows, piece, strict=True):
             row += new[new != _NONE].tolist()
     stops = set(stop_ids)
@@ -113,6 +119,7 @@ def stream(  # noqa: PLR0913 - as for generate
     seed: int = 0,
     stop_ids: Sequence[int] = (),
     context: int | None = None,
+    images: Images | None = None,
 ) -> Iterator[int]:
     """The tokens that `generate` would return for this one prompt, as they come.
 
@@ -121,8 +128,9 @@ def stream(  # noqa: PLR0913 - as for generate
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     prompts, counts = _padded([tokens], None)
     _check(model, prompts, counts, new=max_new_tokens, context=context, seed=seed)
+    seen = _seen(model, images, prompts, counts)
     how = _How(max_new_tokens, sampling, seed, tuple(stop_ids), context, STREAM_PIECE)
-    pieces = _pieces(model, prompts, counts, how)
+    pieces = _pieces(model, prompts, counts, seen, how)
     return (int(token) for piece in pieces for token in piece[0] if token != _NONE)
 
 
@@ -197,8 +205,39 @@ def _check(
         )
 
 
+def _seen(
+    model: Llama, images: Images | None, prompts: np.ndarray, counts: np.ndarray
+) -> Images | None:
+    """Images for prompts that were padded: places are too, and tiles to one of few numbers.
+
+    Raises:
+        ValueError: the model has no encoder, or places do not fit the prompts or the tiles.
+    """
+    if images is None:
+        return None
+    if not isinstance(model, Multimodal):
+        raise ValueError("this model reads text only: it has no vision encoder for images")
+    tiles, given = np.asarray(images.tiles), np.asarray(images.places)
+    (b, longest), shape = (len(counts), int(counts.max())), given.shape
+    if shape[0] != b or shape[1] < longest:
+        raise ValueError(
+            f"places of shape {shape} do not fit prompts of shape {(b, longest)}: there must be "
+            f"one for each token"
+        )
+    features = len(tiles) * tile_features(model.vision.config)
+    if given.max() >= features:
+        raise ValueError(
+            f"place {given.max()} is beyond the {features} features of {len(tiles)} tiles"
+        )
+    places = np.full(prompts.shape, _NONE, np.int32)
+    places[:, :longest] = given[:, :longest]
+    few = max(1, 2 ** (len(tiles) - 1).bit_length() // 4)
+    black = np.full((-len(tiles) % few, *tiles.shape[1:]), -1, tiles.dtype)
+    return Images(np.concatenate([tiles, black]), places)
+
+
 def _pieces(
-    model: Llama, prompts: np.ndarray, counts: np.ndarray, how: _How
+    model: Llama, prompts: np.ndarray, counts: np.ndarray, images: Images | None, how: _How
 ) -> Iterator[np.ndarray]:
     """New tokens [b n], n at most `how.piece`, until all rows ended; `_NONE` behind a row's end."""
     if model.periods and jax.default_backend() == "cpu":
@@ -207,13 +246,13 @@ def _pieces(
     key = jax.random.key(how.seed)
     stops = jnp.asarray(how.stop_ids or [_NONE], jnp.int32)
     tokens = jnp.asarray(prompts, jnp.int32)
-    state = prefill(model, tokens, jnp.asarray(counts), key, stops, how.sampling, size)
+    state = prefill(model, tokens, jnp.asarray(counts), key, stops, how.sampling, size, images)
     yield np.asarray(state.token)[:, None]
     done = 1
     while done < how.new and np.any(state.live):
         count = min(how.piece, how.new - done)
         steps = jnp.int32(done), jnp.int32(count)
-        out, state = _advance(model, state, key, stops, *steps, how.sampling)
+        out, state = advance(model, state, key, stops, *steps, how.sampling)
         yield np.asarray(out)[:, :count]
         done += count
 
@@ -258,16 +297,18 @@ def prefill(
     stops: Int[Array, " i"],
     sampling: Sampling,
     context: int,
+    images: Images | None = None,
 ) -> State:
     """Fills a cache with the prompts and draws the first token of each row."""
-    hidden, cache = model.prefill(prompts, counts, context=context)
+    tokens = prompts if images is None else cast(Multimodal, model).fuse(prompts, images)
+    hidden, cache = model.prefill(tokens, counts, context=context)
     last = jnp.take_along_axis(hidden, counts[:, None, None] - 1, axis=1)[:, 0]
     token = _draw(model, last, key, jnp.int32(0), sampling)
     return State(token, ~jnp.isin(token, stops), cache)
 
 
 @functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("state",))
-def _advance(
+def advance(
     model: Llama,
     state: State,
     key: PRNGKeyArray,
@@ -316,10 +357,6 @@ def _step(
     hidden, cache = model.extend(state.token[:, None], state.cache, counts)
     token = _draw(model, hidden[:, 0], key, number, sampling)
     return State(token, state.live & ~jnp.isin(token, stops), cache)
-
-
-decode_step = jax.jit(_step, static_argnames=("sampling",), donate_argnames=("state",))
-"""One step of what `generate` runs many of; arguments as for `_step`, the state used up."""
 
 
 def _draw(

@@ -109,7 +109,12 @@ class Counts:
 
 
 def count(
-    text: str, mesh: Mapping[str, int], *, slices: int = 1, grouped_rows: int | None = None
+    text: str,
+    mesh: Mapping[str, int],
+    *,
+    slices: int = 1,
+    grouped_rows: int | None = None,
+    steps: int | None = None,
 ) -> Counts:
     """Counts a program.
 
@@ -119,14 +124,16 @@ def count(
         slices: slices that the first axis crosses.
         grouped_rows: rows of a device that balanced routing sends through the kernels that multiply
             by groups; by default all that their buffers have.
+        steps: if the program is a loop that ends by data, how often that runs; counted is one step,
+            with its part of what is done before and after them all.
     """
     module = Module(text)
     counts = Counts()
     counter = _Counter(module, dict(mesh), slices, grouped_rows, counts)
-    for name, (times, fused) in module.runs().items():
+    for name, (times, fused) in module.runs(steps).items():
         if times:
             for instruction in module.computations[name].instructions.values():
-                counter.add(module.computations[name], instruction, times, fused)
+                counter.add(module.computations[name], instruction, times / (steps or 1), fused)
     counts.idle_loops, counts.open_loops = module.idle_loops, tuple(module.open_loops)
     return counts
 

@@ -140,18 +140,20 @@ class Module:
         self.entry = entry
         self.idle_loops = 0
         """Loops and branches in the scope IDLE, which count as not running."""
+        self._open_trips: int | None = None
         self.open_loops: list[str] = []
         """Other loops whose trip count cannot be read; each counts as running once."""
 
-    def runs(self) -> dict[str, Runs]:
+    def runs(self, open_trips: int | None = None) -> dict[str, Runs]:
         """How often each computation runs.
 
         A loop runs as often as its condition says: `i < n` with constants, or XLA's own note. One
-        that ends by data has no such number. It counts as running once, or, in the scope IDLE
-        (`jax.named_scope`), not at all. Of a conditional every branch counts, so that a program's
-        cost is never understated by it; in the scope IDLE none does.
+        that ends by data has no such number. It counts as running once, or `open_trips` times if it
+        is in the entry computation, or, in the scope IDLE (`jax.named_scope`), not at all. Of a
+        conditional every branch counts, so that a program's cost is never understated by it; in
+        the scope IDLE none does.
         """
-        self.idle_loops, self.open_loops = 0, []
+        self.idle_loops, self.open_loops, self._open_trips = 0, [], open_trips
         runs = {self.entry: Runs(1.0, False)}
         for name in reversed(self.computations):
             if name not in runs:
@@ -190,6 +192,8 @@ class Module:
             return 0.0
         known = _TRIPS.search(loop.attributes)
         trips = int(known[1]) if known else self._counted(computation, loop)
+        if trips is None and computation == self.entry:
+            trips = self._open_trips
         if trips is None:
             self.open_loops.append(loop.op_name or loop.name)
             return 1.0

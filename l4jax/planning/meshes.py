@@ -227,6 +227,8 @@ def _memory(config: TextConfig, work: Work, sizes: Sizes, remat: Remat) -> _Held
         here = max(1.0, work.batch / _product(sizes, *sharding.BATCH))
         share = min(tensor, config.attention.num_kv_heads) * sizes["context"]
         cache = here * roofline.kv_bytes(config, work.length) / share
+        if work.task == "decode":
+            cache *= _padding(config)
         passing = 8 * tokens * config.embed_dim + 2 * 2 * layer
         return _Held(work.weight_bytes * held, 0.0, cache, passing)
     widths = _kept_widths(config, remat)
@@ -237,6 +239,17 @@ def _memory(config: TextConfig, work: Work, sizes: Sizes, remat: Remat) -> _Held
     working = 4 * held + 3 * 2 * (layer + head)
     working += 2 * tokens * 3 * _widths(config) / tensor
     return _Held(4 * held, 8 * held, 0.0, kept + working)
+
+
+def _padding(config: TextConfig) -> float:
+    """What a cache takes while tokens are decoded, in its own bytes.
+
+    Rows of a TPU's tiles have 128 lanes. Keys of other widths lie there in a copy, padded, beside
+    the compact arrays that go in and out.
+    """
+    width = config.attention.head_dim
+    lanes = -(-width // 128) * 128
+    return 1.0 if lanes == width else 1.0 + lanes / width
 
 
 def _kept_widths(config: TextConfig, remat: Remat) -> float:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,8 +46,12 @@ class Request:
     """Of a chip and hour."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "length", "price"):
-            value = getattr(self, name)
+        length = "context" if self.task == "decode" else "seq"
+        for name, value in (
+            ("batch", self.batch),
+            (length, self.length),
+            ("price_per_chip_hour", self.price),
+        ):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} {value} must be greater than 0, and finite")
         limit = self.config.max_context
@@ -133,8 +138,7 @@ def compiled(
     try:
         found = compiler.compile(program, mesh)
     except compiler.Failed as error:
-        if out is not None:
-            (out / "compiler.txt").write_text(error.text)
+        _keep(error.text, out)
         raise
     report: dict[str, Any] = {
         "preset": request.preset,
@@ -149,6 +153,7 @@ def compiled(
         "length": work.length,
     }
     if isinstance(found, compiler.TooLarge):
+        _keep(found.text, out)
         report |= {"fits": False, "hbm_gib": _too_large(request, program, found)}
         report["advice"] = advice(request, sizes, remat, found.needed_gib)
     else:
@@ -160,6 +165,12 @@ def compiled(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     return report, found if isinstance(found, compiler.Compiled) else None
+
+
+def _keep(text: str, out: pathlib.Path | None) -> None:
+    """Keeps the compiler's whole message."""
+    if out is not None:
+        (out / "compiler.txt").write_text(text)
 
 
 def _memory(request: Request, program: Any, found: compiler.Compiled) -> dict[str, float]:
@@ -175,13 +186,15 @@ def _memory(request: Request, program: Any, found: compiler.Compiled) -> dict[st
 
 
 def _too_large(request: Request, program: Any, found: compiler.TooLarge) -> dict[str, float]:
+    """What it needs at least: the compiler may have given up before it knew of everything."""
     capacity = request.topology.generation.hbm_gib
     parts = {name: size / GIB for name, size in program.bytes().items()}
+    total = max(found.needed_gib, sum(parts.values()))
     return parts | {
-        "temporaries": max(0.0, found.needed_gib - sum(parts.values())),
-        "total": found.needed_gib,
+        "temporaries": total - sum(parts.values()),
+        "total": total,
         "capacity": capacity,
-        "missing": found.needed_gib - capacity,
+        "missing": total - capacity,
     }
 
 
@@ -198,6 +211,7 @@ def _costs(
         sizes,
         slices=topology.slices,
         grouped_rows=meshes.expert_rows(request.config, work, sizes),
+        steps=programs.STEPS if work.task == "decode" else None,
     )
     times = timing.seconds(counts, topology, devices)
     ideal = meshes.ideal_flops(request.config, work) / topology.devices
@@ -263,77 +277,88 @@ def measured(request: Request, *, notify: Notify, out: pathlib.Path | None) -> d
 
 
 # --- When it does not fit ------------------------------------------------------------------------
+Fits = Callable[[Work, Mapping[str, int], Remat], bool]
+"""Whether there is room for some work on a mesh."""
+
+
 def advice(
     request: Request, sizes: Mapping[str, int], remat: Remat, needed_gib: float
 ) -> list[str]:
     """What would make it fit, by the compiler's figure and what the estimate changes by."""
     topology, work, config = request.topology, request.work, request.config
-    capacity = topology.generation.hbm_gib
-    base = meshes.estimate(config, topology, work, sizes, remat).gib
+    beyond = needed_gib - meshes.estimate(config, topology, work, sizes, remat).gib
 
-    def fits(topology: Topology, work: Work, sizes: Mapping[str, int], remat: Remat) -> bool:
-        change = meshes.estimate(config, topology, work, sizes, remat).gib - base
-        return needed_gib + change <= capacity
+    def fits(work: Work, sizes: Mapping[str, int], remat: Remat) -> bool:
+        guess = meshes.estimate(config, topology, work, sizes, remat)
+        return guess.gib + beyond <= topology.generation.hbm_gib
 
-    found = []
+    found = [*_otherwise(request, sizes, remat, fits), *_less(work, sizes, remat, fits)]
+    if not found:
+        found += _less_otherwise(request, fits)
+    return [*found, *_larger(request, beyond)]
+
+
+def _otherwise(
+    request: Request, sizes: Mapping[str, int], remat: Remat, fits: Fits
+) -> Iterator[str]:
+    """The same work, with less kept or on another mesh."""
+    work = request.work
     if work.trains:
         heavier: tuple[Remat, ...] = ("attention", "full", "offload")
         rest = heavier[heavier.index(remat) + 1 :] if remat in heavier else heavier
-        better = next((r for r in rest if fits(topology, work, sizes, r)), None)
-        found += [f"--remat {better}"] if better else []
-    for option in meshes.rank(config, topology, work)[:50]:
-        kept = request.remat or option[1]
-        if option[0] != dict(sizes) and fits(topology, work, option[0], kept):
-            found.append(
-                f"--mesh {meshes.show(option[0])}" + (f" --remat {kept}" if work.trains else "")
-            )
-            break
-    rows = math.prod(sizes[axis] for axis in sharding.BATCH)
-    smaller = next(
-        (
-            b
-            for b in _halves(work.batch, rows)
-            if fits(topology, dataclasses.replace(work, batch=b), sizes, remat)
-        ),
-        None,
+        yield from [f"--remat {r}" for r in rest if fits(work, sizes, r)][:1]
+    for mesh, ranked in meshes.rank(request.config, request.topology, work)[:50]:
+        kept = request.remat or ranked
+        if mesh != dict(sizes) and fits(work, mesh, kept):
+            yield f"--mesh {meshes.show(mesh)}" + (f" --remat {kept}" if work.trains else "")
+            return
+
+
+def _less(work: Work, sizes: Mapping[str, int], remat: Remat, fits: Fits) -> Iterator[str]:
+    """Fewer or shorter sequences."""
+    option = "--context" if work.task == "decode" else "--seq"
+    batches = _smaller(work.batch, math.prod(sizes[axis] for axis in sharding.BATCH))
+    lengths = _smaller(work.length, math.lcm(1024, sizes["context"]))
+    tried = (
+        ((f"--batch {n}", dataclasses.replace(work, batch=n)) for n in batches),
+        ((f"{option} {n}", dataclasses.replace(work, length=n)) for n in lengths),
     )
-    found += [f"--batch {smaller}"] if smaller else []
-    shorter = next(
-        (
-            n
-            for n in _halves(work.length, 1024)
-            if fits(topology, dataclasses.replace(work, length=n), sizes, remat)
-        ),
-        None,
-    )
-    found += [f"{'--context' if work.task == 'decode' else '--seq'} {shorter}"] if shorter else []
-    larger = _larger(request, needed_gib - base)
-    return [*found, *([f"--topology {larger}"] if larger else [])]
+    for options in tried:
+        yield from itertools.islice((x for x, less in options if fits(less, sizes, remat)), 1)
 
 
-def _halves(n: int, least: int) -> list[int]:
-    """`n` halved again and again, down to `least`."""
-    found = []
-    while n % 2 == 0 and n // 2 >= least:
-        n //= 2
-        found.append(n)
-    return found
+def _less_otherwise(request: Request, fits: Fits) -> Iterator[str]:
+    """Fewer sequences on another mesh."""
+    for batch in _smaller(request.work.batch, 1):
+        less = dataclasses.replace(request.work, batch=batch)
+        ranked = meshes.rank(request.config, request.topology, less, request.remat)
+        if ranked and fits(less, *ranked[0]):
+            yield f"--batch {batch} --mesh {meshes.show(ranked[0][0])}"
+            return
 
 
-def _larger(request: Request, beyond: float) -> str | None:
-    """The smallest larger slice of this generation on which it should fit."""
+def _smaller(n: int, unit: int) -> Iterator[int]:
+    """Multiples of `unit`, the first at most half of `n`, each other at most half of the last."""
+    while n := n // 2 // unit * unit:
+        yield n
+
+
+def _larger(request: Request, beyond: float) -> Iterator[str]:
+    """The smallest larger slice of this generation on which it should fit, as options."""
     here, capacity = request.topology, request.topology.generation.hbm_gib
     for shape in here.generation.shapes:
         sides = tuple(int(n) for n in shape.split("x"))
         topology = dataclasses.replace(here, shape=sides)
         if topology.chips <= here.chips:
             continue
-        ranked = meshes.rank(request.config, topology, request.work)
+        ranked = meshes.rank(request.config, topology, request.work, request.remat)
         if ranked:
             guess = meshes.estimate(request.config, topology, request.work, *ranked[0])
             if guess.gib + max(0.0, beyond) <= capacity:
-                return topology.name
-    return None
+                # A mesh that was asked for is not one of the larger slice.
+                mesh = f" --mesh {meshes.show(ranked[0][0])}" if request.mesh is not None else ""
+                yield f"--topology {topology.name}{mesh}"
+                return
 
 
 # --- Several plans -------------------------------------------------------------------------------

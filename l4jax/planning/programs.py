@@ -22,6 +22,9 @@ from l4jax.planning.meshes import UPDATES, Task
 from l4jax.training import objectives, optimizers, schedules
 from l4jax.training.trainer import Update, batch_sharding, compiled
 
+STEPS = decoding.PIECE
+"""Tokens of each context that the program for decoding adds. What it does before and after them,
+such as to lay the cache out for the kernels, counts in parts."""
 _STOPS = 2
 """Ids that end a row, when planning a decode step."""
 _SEGMENTS = 16
@@ -62,7 +65,7 @@ def program(
         task: "train" reads rows of one document each, "sft" packed rows with masks, "dpo" packed
             pairs with what their reference says of them, computed before; all update float32
             parameters with AdamW in float32. "prefill" fills a cache with prompts, "decode" adds
-            one token to each context; both hold parameters in the type they compute in.
+            `STEPS` tokens to each context; both hold parameters in the type they compute in.
         batch: rows.
         seq: tokens of a row, or of a context.
         execution: how the model computes.
@@ -120,9 +123,10 @@ def _decode(model: Llama, batch: int, seq: int) -> tuple[Callable, tuple, dict, 
     cache = jax.tree.map(lambda x, spec: _array(x.shape, x.dtype, *spec), shapes, places)
     token, live = (_array((batch,), kind, rows or None) for kind in (np.int32, bool))
     state: Any = decoding.State(token, live, cache)  # type: ignore[arg-type]
-    arguments = state, _array((), _key_type()), _array((_STOPS,), np.int32), _array((), np.int32)
+    number = _array((), np.int32)
+    arguments = state, _array((), _key_type()), _array((_STOPS,), np.int32), number, number
     static = {"sampling": Sampling(temperature=0.0, top_k=None, top_p=1.0)}
-    return decoding.decode_step, arguments, static, {"parameters": model, "cache": cache}
+    return decoding.advance, arguments, static, {"parameters": model, "cache": cache}
 
 
 def _placed(model: Llama, dtype: str) -> Llama:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pathlib
-from collections.abc import Mapping
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from rich.console import Console
@@ -43,6 +47,8 @@ def request(
             raise ValueError(f"context {context!r} must be a number of tokens or max")
         length = int(context)
     sizes = meshes.parse(mesh) if mesh is not None else None
+    if pathlib.Path(preset).exists():
+        raise ValueError(f"{preset} is no preset: plan takes the name of the one that it is of")
     asked = plan.Request(
         preset=preset,
         topology=chips.parse(topology, slices=slices),
@@ -84,42 +90,68 @@ def make(
     Raises:
         compiler.NoCompiler, compiler.Failed, ValueError: see `plan.plan`.
     """
-    kind, limit = how
     compiler.require()
-    if kind != "measure":
+    if how[0] != "measure":
         compiler.leave_tpu_alone()
     if out is not None:
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out} is a file; --out needs a folder")
         out.mkdir(parents=True, exist_ok=True)
-    name = f"{request.preset} for {request.topology.name}"
-    with console.status(f"Compiling {name}") as status:
-
-        def notify(text: str) -> None:
-            status.update(f"Compiling {name}: {text}")
-
-        if kind == "search":
-            plans = plan.search(request, limit=limit, notify=notify, out=out)
-            if not plans:
-                raise RuntimeError("the compiler refused every program that was tried")
-            facts = plans[0] | {"plans": plans}
-        elif kind == "longest":
-            facts = plan.longest(request, notify=notify, out=out)
-        elif kind == "measure":
-            facts = plan.measured(request, notify=notify, out=out)
-        else:
-            facts = plan.plan(request, out=out)
+        for name in ("plan.json", "plan.png", "compiler.txt"):
+            (out / name).unlink(missing_ok=True)  # of an earlier plan
+    about = f"Compiling {request.preset} for {request.topology.name}"
+    with console.status(about) as status:
+        facts = _apart(lambda: _made(request, how, out, lambda x: status.update(f"{about}: {x}")))
     if out is not None:
-        charts.save(facts, out / "plan.png")
-        _write(out / "plan.json", json.dumps(facts, indent=1) + "\n")
+        with _appearing(out / "plan.png") as file:
+            charts.save(facts, file)
+        with _appearing(out / "plan.json") as file:
+            file.write_text(json.dumps(facts, indent=1) + "\n")
     return facts
 
 
-def _write(file: pathlib.Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(text)
-    partial.rename(file)
+def _made(
+    request: plan.Request, how: tuple[How, int], out: pathlib.Path | None, notify: plan.Notify
+) -> dict[str, Any]:
+    kind, limit = how
+    if kind == "longest":
+        return plan.longest(request, notify=notify, out=out)
+    if kind == "measure":
+        return plan.measured(request, notify=notify, out=out)
+    if kind == "plan":
+        return plan.plan(request, out=out)
+    plans = plan.search(request, limit=limit, notify=notify, out=out)
+    if not plans:
+        raise RuntimeError("the compiler refused every program that was tried")
+    return plans[0] | {"plans": plans}
+
+
+def _apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`work()`, in a thread that Ctrl-C leaves behind: the compiler would not hear of it."""
+    done: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put(work())
+        except BaseException as error:
+            done.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    found = done.get()
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+@contextlib.contextmanager
+def _appearing(file: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path to write to; the file is there whole or not at all."""
+    partial = file.with_name(f".{os.getpid()}-{file.name}")
+    try:
+        yield partial
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def show(facts: Mapping[str, Any], console: Console) -> None:
@@ -139,14 +171,21 @@ def show(facts: Mapping[str, Any], console: Console) -> None:
         console.print(_ranking(facts["plans"]))
 
 
+def _gib(n: float) -> str:
+    return f"{n:.1f}" if n >= 0.05 else f"{n:.2g}"
+
+
 def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     hbm = facts["hbm_gib"]
     outer = ("total", "capacity", "missing", "host")
-    parts = ", ".join(f"{k} {n:.1f}" for k, n in hbm.items() if k not in outer and n >= 0.05)
+    shown = {k: n for k, n in hbm.items() if k not in outer and n >= hbm["total"] / 200}
+    parts = ", ".join(f"{k} {_gib(n)}" for k, n in shown.items())
+    parts = f" ({parts})" if parts else ""
+    least = "" if facts["fits"] else "at least "
     verdict = "fits" if facts["fits"] else f"does not fit by {hbm['missing']:.1f} GiB"
     took = facts["compile_seconds"]
     rows = [
-        ("HBM", f"{hbm['total']:.1f} of {hbm['capacity']} GiB ({parts}): {verdict}"),
+        ("HBM", f"{least}{_gib(hbm['total'])} of {hbm['capacity']} GiB{parts}: {verdict}"),
     ]
     if facts["remat"] is not None:
         rows.append(("rematerialization", facts["remat"]))
@@ -193,7 +232,7 @@ def _ranking(plans: list[dict[str, Any]]) -> Table:
         table.add_row(
             meshes.show(found["mesh"]),
             found["remat"] or "",
-            f"{found['hbm_gib']['total']:.1f}" + ("" if fits else " (too large)"),
+            _gib(found["hbm_gib"]["total"]) + ("" if fits else " (too large)"),
             f"{found['wire_gb']['total']:.4g}" if fits else "",
             f"{found['roofline_seconds']['total']:.3g}" if fits else "",
             f"{found['mfu_bound']:.1%}" if fits else "",

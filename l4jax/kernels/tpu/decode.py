@@ -113,7 +113,8 @@ def decode_attention(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=4 * b * height * rows * h,
-            bytes_accessed=2 * b * rows * h * k.dtype.itemsize,
+            # A row takes whole tiles of memory, however few lanes it fills.
+            bytes_accessed=2 * b * rows * (-(-h // LANES) * LANES) * k.dtype.itemsize,
             transcendentals=b * height * rows,
         ),
         interpret=interpret,
