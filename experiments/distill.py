@@ -14,8 +14,11 @@ the batch, which is part of where the data stand: a resumed run goes on with the
 
 The teacher answers while the student learns, on the same mesh or on one beside it (--teacher-mesh);
 or, with --cache, once for all batches of the run before it begins, as Llama 4's did for most data:
-later runs on the same batches read the answers, --top tokens and 8 bytes for each. Leaves what
-pre-training leaves.
+later runs on the same batches read the answers, --top tokens and 8 bytes for each.
+
+With --codistill the teacher learns as well, from the data, in the same steps: its answers are by
+what its own training computes, as when Maverick learned from Behemoth. It is saved beside the
+student, in --out/teacher. Leaves what pre-training leaves.
 """
 
 from __future__ import annotations
@@ -23,19 +26,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 from etils import epath
 
-from experiments import leaves, recipe
+from experiments import examples, leaves, recipe
+from experiments.console import say, told
 from l4jax import checkpoints, roofline, sharding
 from l4jax.config import TextConfig
 from l4jax.data import conversations, pipeline
 from l4jax.data import tokenizer as tokenizers
 from l4jax.planning import meshes
-from l4jax.training import loop, objectives, teacher
+from l4jax.training import codistillation, loop, objectives, teacher
 from l4jax.training.trainer import evaluate, spread
 
 
@@ -62,12 +66,15 @@ class Distill(leaves.Recipe):
     a disk that all hosts see."""
     teacher_mesh: str | None = None
     """Sizes of mesh axes for the teacher, on the devices behind those of --mesh."""
+    codistill: bool = False
+    """Train the teacher too, on the same mesh."""
     balance: float = 0.01
     """Weight of the load balance between experts."""
     files: leaves.Files = leaves.Files(too_long="split")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        examples.check_text(self)
         for name in ("soft", "soft_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 0 and at most 1")
@@ -77,6 +84,16 @@ class Distill(leaves.Recipe):
             )
         if self.teacher_mesh is not None:
             meshes.parse(self.teacher_mesh)
+        if self.codistill and not (self.taught and self.cache is None and not self.teacher_mesh):
+            raise ValueError(
+                "codistill asks a teacher that changes in every step: it needs --soft or "
+                "--soft-end above 0, and goes without --cache and --teacher-mesh"
+            )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        return codistillation.PARTS if self.codistill else ()
 
     @property
     def taught(self) -> bool:
@@ -88,32 +105,41 @@ def run(settings: Distill) -> loop.Result:
     recipe.check_there(settings.teacher, "--teacher")
     recipe.begin(settings)
     tokenizer = tokenizers.load(settings.teacher)
-    train, held_out = recipe.mixtures(
+    train, held_out = examples.mixtures(
         settings,
         conversations.Documents(tokenizer),
-        recipe.library,
+        examples.library,
         "Tokenizing the standard library",
     )
     config = student_config(settings)
     recipe.check_vocabulary(tokenizer, config)
-    recipe.check_length(settings, config)
+    recipe.check_model(settings, config)
     kept = []
     if held_out is not None:
-        kept = recipe.held_out_batches(held_out, settings, packing="split")
-    batches: Any = recipe.training_batches(train, settings, packing="split")
+        kept = examples.held_out_batches(held_out, settings, packing="split")
+    batches: Any = examples.training_batches(train, settings, packing="split")
     objective = objectives.next_token(balance=settings.balance)
-    if settings.taught:
+    model: Any = recipe.new_model(config, settings)
+    measure = objectives.next_token()
+    if settings.codistill:
+        model = codistillation.Pair(recipe.load_model(settings.teacher, settings), model)
+        batches = batches.map_with_index(weigher(settings))
+        objective = codistillation.codistill(
+            settings.top, temperature=settings.temperature, balance=settings.balance
+        )
+        measure = codistillation.measure
+    elif settings.taught:
         batches = taught(batches, kept, settings)
         objective = objectives.distill(temperature=settings.temperature, balance=settings.balance)
     size, of = roofline.parameters(config), checkpoints.read_config(settings.teacher)
-    recipe.say(f"{size.total:,} parameters; the teacher has {roofline.parameters(of).total:,}")
+    say(f"{size.total:,} parameters; the teacher has {roofline.parameters(of).total:,}")
     training, result = recipe.train(
         settings,
-        recipe.new_model(config, settings),
+        model,
         objective,
         batches,
         kept=kept,
-        measure=objectives.next_token(),
+        measure=measure,
     )
     recipe.finish(settings, training, tokenizer)
     return result
@@ -164,13 +190,6 @@ def taught(batches: pipeline.Batches, kept: Iterable[pipeline.Batch], settings: 
             on the disk already.
         settings: of the run.
     """
-
-    def weigh(number: int, batch: Any) -> dict[str, Any]:
-        weight = objectives.soft_weight(
-            number, settings.run.steps, first=settings.soft, last=settings.soft_end
-        )
-        return {**batch, "soft_weight": weight}
-
     if settings.cache is None:
         answers = ask(settings, kept)
     else:
@@ -180,7 +199,19 @@ def taught(batches: pipeline.Batches, kept: Iterable[pipeline.Batch], settings: 
         if not folder.exists():
             fill(folder, batches, settings, kept)
         answers = teacher.Cache(folder)
-    return batches.map(answers).map_with_index(weigh)
+    return batches.map(answers).map_with_index(weigher(settings))
+
+
+def weigher(settings: Distill) -> Callable[[int, Any], dict[str, Any]]:
+    """A function that adds the teacher's weight to the batch of a number."""
+
+    def weigh(number: int, batch: Any) -> dict[str, Any]:
+        weight = objectives.soft_weight(
+            number, settings.run.steps, first=settings.soft, last=settings.soft_end
+        )
+        return {**batch, "soft_weight": weight}
+
+    return weigh
 
 
 def ask(settings: Distill, kept: Iterable[pipeline.Batch]) -> Any:
@@ -196,10 +227,10 @@ def ask(settings: Distill, kept: Iterable[pipeline.Batch]) -> Any:
         used = jax.sharding.get_mesh().size or 1
         mesh = sharding.make_mesh(jax.devices()[used:], **sizes)
     with settings.place.use() if mesh is None else sharding.use(mesh):
-        model = checkpoints.load(settings.teacher, execution=settings.place.execution)
+        model = checkpoints.load(settings.teacher, vision=False, execution=settings.place.execution)
         if kept:
             loss = evaluate(model, objectives.next_token(), kept)["loss"]
-            recipe.say(f"the teacher's loss on held-out data: {loss:.4f}")
+            say(f"the teacher's loss on held-out data: {loss:.4f}")
     answers = teacher.top_tokens(model, settings.top, mesh=mesh)
     return answers if mesh is not None else lambda batch: answers(spread(batch))
 
@@ -209,9 +240,9 @@ def fill(
 ) -> None:
     """Writes what the teacher says of all batches of a run."""
     steps = settings.run.steps
-    with recipe.told(f"The teacher answers {steps:,} batches"):
+    with told(f"The teacher answers {steps:,} batches"):
         rows = teacher.save(folder, ask(settings, kept), itertools.islice(batches, steps))
-    recipe.say(f"the teacher's answers on {rows:,} rows: {folder}")
+    say(f"the teacher's answers on {rows:,} rows: {folder}")
 
 
 POD = Distill(

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from experiments import leaves, recipe
+from experiments import examples, leaves, recipe
+from experiments.console import told
 from l4jax import checkpoints, lora
-from l4jax.data import conversations, corpus
+from l4jax.data import conversations, corpus, pipeline
 from l4jax.data import tokenizer as tokenizers
 from l4jax.data.mixture import Mixture
 from l4jax.models.llama4 import Llama
@@ -53,6 +54,8 @@ class Dpo(leaves.Recipe):
     """Whether there is no reference."""
     formatting: bool = False
     """Whether headers and tokens that end a turn count, which Llama 3 leaves out."""
+    edited: Literal["leave", "replace"] = "leave"
+    """Whether an edited answer, which is better than the chosen one, takes its place."""
     pairs: int = 8
     """Most pairs in a row."""
     balance: float = 0.0
@@ -78,24 +81,30 @@ def run(settings: Dpo) -> loop.Result:
     tokenizer = tokenizers.load(settings.tokenizer or settings.checkpoint)
     config = checkpoints.read_config(settings.checkpoint)
     recipe.check_vocabulary(tokenizer, config)
-    recipe.check_length(settings, config)
-    train, held_out = recipe.mixtures(
+    recipe.check_model(settings, config)
+    images = examples.sight(settings, settings.checkpoint, tokenizer)
+    train, held_out = examples.mixtures(
         settings,
-        conversations.Preferences(tokenizer, formatting=settings.formatting),
+        conversations.Preferences(
+            tokenizer,
+            formatting=settings.formatting,
+            edited=settings.edited,
+            **examples.reading(settings, images),
+        ),
         corpus.preferences,
         "Mining the standard library for better and worse answers",
     )
     model = recipe.load_model(settings.checkpoint, settings)
-    batches = recipe.training_batches(
-        train, settings, packing="best_fit", segments=2 * settings.pairs
+    batches = examples.training_batches(
+        train, settings, packing="best_fit", segments=2 * settings.pairs, images=images
     )
     kept = []
     if held_out is not None:
-        kept = recipe.held_out_batches(
-            held_out, settings, packing="best_fit", segments=2 * settings.pairs
+        kept = examples.held_out_batches(
+            held_out, settings, packing="best_fit", segments=2 * settings.pairs, images=images
         )
     if needs_table(settings):
-        add = reference(model, train, settings)
+        add = reference(model, train, settings, images)
         batches = batches.map(add)
         refer = teacher.reference(model, 2 * settings.pairs)
         kept = [refer(batch) for batch in kept]
@@ -131,17 +140,18 @@ def needs_table(settings: Dpo) -> bool:
     return not settings.reference_free and settings.adapters.rank == 0
 
 
-def reference(model: Llama, mixture: Mixture, settings: Dpo) -> Any:
+def reference(model: Llama, mixture: Mixture, settings: Dpo, images: pipeline.Images | None) -> Any:
     """A function that adds to batches what the model, as it is now, says of their pairs."""
     compute = teacher.reference(model, 2 * settings.pairs)
     table = np.zeros((int(mixture.first[-1]), 2), np.float32)
-    with recipe.told(f"Asking the reference about {len(table):,} pairs"):
+    with told(f"Asking the reference about {len(table):,} pairs"):
         for store, first in zip(mixture.stores, mixture.first, strict=False):
-            for batch in recipe.one_epoch(store, settings, segments=2 * settings.pairs):
+            segments = 2 * settings.pairs
+            for batch in examples.one_epoch(store, settings, segments=segments, images=images):
                 arrays = compute(batch)["reference"], batch["example"], batch["ranks"]
-                found, examples, ranks = (filtering.gathered(x) for x in arrays)
-                there = examples >= 0
-                table[first + examples[there], 1 - ranks[there]] = found[there]
+                found, numbers, ranks = (filtering.gathered(x) for x in arrays)
+                there = numbers >= 0
+                table[first + numbers[there], 1 - ranks[there]] = found[there]
 
     def add(batch: Any) -> Any:
         # The last column of a row that has less pairs is looked up too, and masked.

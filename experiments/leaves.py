@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -61,6 +62,9 @@ class Optimization:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     """Largest global norm of a gradient."""
+    rates: tuple[tuple[str, float], ...] = ()
+    """Learning rates of some parameters, relative to the others', by patterns on their names:
+    'vision.*' 0.1."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Type that the optimizer's state is kept in."""
     average: float = 0.0
@@ -74,8 +78,8 @@ class Optimization:
         if self.accumulate < 1:
             raise ValueError(f"accumulate {self.accumulate} must be at least 1")
 
-    def make(self, steps: int) -> tuple[Any, Any]:
-        """Learning rate by step, and the optimizer."""
+    def make(self, steps: int, apart: tuple[str, ...] = ()) -> tuple[Any, Any]:
+        """Learning rate by step, and the optimizer, for a model or for several `apart`."""
         schedule = schedules.schedule(
             self.schedule, self.learning_rate, steps=steps, warmup=self.warmup
         )
@@ -85,8 +89,12 @@ class Optimization:
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
             moments=self.moments,
-            average=self.average,
+            rates=dict(self.rates),
         )
+        if apart:
+            optimizer = optimizers.apart(optimizer, apart)
+        if self.average:
+            optimizer = optimizers.averaged(optimizer, self.average)
         return schedule, optimizer
 
 
@@ -107,6 +115,11 @@ class Files:
     (documents), or ends the run."""
     workers: int = 0
     """Processes that tokenize, and threads that read ahead."""
+    images: bool = False
+    """Examples may have images, and the checkpoint's encoder is trained with the rest (--frozen
+    'vision.*' keeps it). Without, a model is loaded and saved without its encoder."""
+    image_folder: str = ""
+    """What paths of images in --data are relative to."""
 
     def __post_init__(self) -> None:
         if (self.eval_data or self.weights) and not self.data:
@@ -115,6 +128,8 @@ class Files:
             raise ValueError(
                 f"weights {self.weights}: give one for each of {len(self.data)} --data"
             )
+        if self.weights and not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError(f"weights {self.weights} must be above 0: leave such data out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +158,13 @@ class Adapters:
             raise ValueError(f"group {self.group} must be at least 1")
         if self.quantize and not self.rank:
             raise ValueError(f"quantize {self.quantize} trains adapters: give them a --rank")
+
+    def check(self, model: Llama) -> None:
+        """Raises ValueError where `apply` would; of the model there need be only shapes."""
+        if self.quantize:
+            scheme, group = self.quantize, self.group
+            jax.eval_shape(lambda x: quantization.qat(x, weights.EVERY, scheme, group=group), model)
+        dataclasses.replace(self, quantize=None).apply(model, 0)
 
     def apply(self, model: Llama, seed: int) -> tuple[Llama, Callable[[str], bool] | None]:
         """The model to train, and which of its parameters to train; None for all."""
@@ -183,6 +205,14 @@ class Recipe:
             raise ValueError(f"batch {self.batch} must be at least 1, length {self.length} 2")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed} must be from 0 to {2**32 - 1}")
+        if "://" in self.out:
+            if not self.out.startswith("gs://"):
+                raise ValueError(f"out {self.out}: a run is kept in a folder or at a gs:// address")
+            if getattr(self, "export", False):
+                raise ValueError(
+                    f"export is for an --out on a disk; of a model at an address l4jax convert "
+                    f"{self.out}/model FOLDER --to hf makes the same"
+                )
         self.optimization.make(self.run.steps)  # refuses what does not go together
         if self.batch % self.optimization.accumulate:
             raise ValueError(
@@ -193,6 +223,16 @@ class Recipe:
     def folder(self) -> epath.Path:
         """`out` as a path."""
         return epath.Path(self.out)
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """All numbers of rows that an update has."""
+        return (self.batch,)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The models that train at once, by name; none if it is only one."""
+        return ()
 
 
 # --- Pods ----------------------------------------------------------------------------------------

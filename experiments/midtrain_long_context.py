@@ -6,12 +6,13 @@ two, four and eight of its attention chunks, in about three minutes:
     python -m experiments.midtrain_long_context
     python -m experiments.midtrain_long_context --lengths 256 1024 --mesh context=2
     python -m experiments.midtrain_long_context --preset scout-v5p-64 --checkpoint … --data gs://… \
-        --eval-data gs://… --out gs://…
+        --eval-data gs://… --out /mnt/bucket/run
 
 A stage ends, as Llama 3's six did (Dubey et al. 2024, §3.4.2), when short texts are modelled as
 well as before and a needle is found in texts of all lengths up to the stage's (see
-`evaluation.needle`), or after --steps. Both are measured every --evaluate-every steps. What stays
-the same and what does not:
+`evaluation.needle`), or after --steps. Both are measured every --evaluate-every steps; short texts
+need --eval-data where there is --data, and without them only needles count. What stays the same and
+what does not:
 
 - Data: documents packed whole, or cut to a row's length, with attention inside each of them only.
   A share --needles of the tokens are texts with a needle to find, which a small model learns from
@@ -43,7 +44,9 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from experiments import leaves, recipe
+from experiments import examples, leaves, recipe
+from experiments.console import say, told
+from l4jax import checkpoints
 from l4jax.config import RopeScaling, TextConfig
 from l4jax.data import conversations, corpus, pipeline, tokenizing
 from l4jax.data import tokenizer as tokenizers
@@ -95,6 +98,7 @@ class Midtrain(leaves.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        examples.check_text(self)
         if "://" in self.out:
             raise ValueError(
                 f"out {self.out}: stages hand their model on in a folder, so give a disk that all "
@@ -125,6 +129,11 @@ def run(settings: Midtrain) -> loop.Result:
     recipe.check_there(settings.checkpoint)
     begin(settings)
     tokenizer = tokenizers.load(settings.checkpoint)
+    config = checkpoints.read_config(settings.checkpoint)
+    recipe.check_vocabulary(tokenizer, config)
+    for stage in stages(settings):
+        with stage.place.use():
+            recipe.check_model(stage, longer_config(config, stage))
     texts = Texts(settings, tokenizer)
     result = loop.Result(0, "finished", {})
     reports: list[dict[str, Any]] = []
@@ -132,8 +141,6 @@ def run(settings: Midtrain) -> loop.Result:
         if not done(settings, stage):
             with stage.place.use():
                 result = train(stage, texts, reports)
-            if result.ended == "stopped":
-                return result
         reports.append(json.loads((stage.folder / "stage.json").read_text()))
     finish(settings, tokenizer, reports)
     return result
@@ -198,21 +205,21 @@ def train(stage: Midtrain, texts: Texts, before: Sequence[Mapping[str, Any]]) ->
     """
     recipe.begin(stage)
     model = lengthened(recipe.load_model(stage.checkpoint, stage), stage)
-    recipe.check_vocabulary(texts.tokenizer, model.config)
     mixture, kept = texts.mixture(stage), texts.measured(stage)
-    batches = Until(recipe.training_batches(mixture, stage, packing="best_fit"))
+    batches = Until(examples.training_batches(mixture, stage, packing="best_fit"))
     measure = Measure(stage, texts)
     first = measure(model)
     known = before[0]["before"] if before else first
-    recipe.say(
-        f"stage of {stage.length:,} tokens, {stage.batch} rows: found {first['found']}, loss on "
-        f"short texts {first['short_loss']:.4f}"
+    say(
+        f"stage of {stage.length:,} tokens, {stage.batch} rows: found {first['found']}, "
+        f"{_short(first)}"
     )
 
     def look(moment: hooks.Moment) -> dict[str, float]:
         now = measure(moment.training.model)
         batches.ended = reached(now, known, stage)
-        return {"eval_needle": min(now["found"]), "eval_short_loss": now["short_loss"]}
+        short = {} if now["short_loss"] is None else {"eval_short_loss": now["short_loss"]}
+        return {"eval_needle": min(now["found"])} | short
 
     objective = objectives.next_token(balance=stage.balance)
     training, result = recipe.train(
@@ -224,8 +231,6 @@ def train(stage: Midtrain, texts: Texts, before: Sequence[Mapping[str, Any]]) ->
         kept=kept,
         measure=objectives.next_token(),
     )
-    if result.ended == "stopped":
-        return result
     last = measure(training.model)
     report = {
         "length": stage.length,
@@ -238,11 +243,17 @@ def train(stage: Midtrain, texts: Texts, before: Sequence[Mapping[str, Any]]) ->
         checkpointing.write(stage.folder / "stage.json", json.dumps(report, indent=1) + "\n")
     recipe.finish(stage, training, texts.tokenizer)
     how = "reached its aim" if report["reached"] else "did not reach its aim; going on all the same"
-    recipe.say(
+    say(
         f"stage of {stage.length:,} tokens {how} after {result.step} steps: found {last['found']}, "
-        f"loss on short texts {last['short_loss']:.4f}, at first {known['short_loss']:.4f}"
+        f"{_short(last)}; at first {_short(known)}"
     )
     return result._replace(ended="finished")
+
+
+def _short(found: Mapping[str, Any]) -> str:
+    """What a measurement says of short texts."""
+    loss = found["short_loss"]
+    return "short texts not measured" if loss is None else f"loss on short texts {loss:.4f}"
 
 
 def finish(settings: Midtrain, tokenizer: Tokenizer, reports: Sequence[Mapping[str, Any]]) -> None:
@@ -263,7 +274,7 @@ def finish(settings: Midtrain, tokenizer: Tokenizer, reports: Sequence[Mapping[s
             final.rmtree()
         model.rename(final)
     tokenizer.save(final)
-    recipe.say(f"Model, report and needle.png: {settings.out}")
+    say(f"Model, report and needle.png: {settings.out}")
 
 
 class Until:
@@ -339,10 +350,10 @@ class Texts:
         self.tokenizer = tokenizer
         if files.data:
             longest = dataclasses.replace(settings, length=settings.lengths[-1])
-            self.train: list[Any] = [*recipe.stores(files.data, encode, longest, "train")]
-            self.held_out: list[Any] = [*recipe.stores(files.eval_data, encode, longest, "rest")]
+            self.train: list[Any] = [*examples.stores(files.data, encode, longest, "train")]
+            self.held_out: list[Any] = [*examples.stores(files.eval_data, encode, longest, "rest")]
             return
-        with recipe.told("Collecting and tokenizing the standard library"):
+        with told("Collecting and tokenizing the standard library"):
             texts = corpus.standard_library(max_bytes=MAX_BYTES)
             self.train, self.held_out = (
                 [tokenizing.encoded([{"text": text} for text in side], encode)]
@@ -374,7 +385,7 @@ class Texts:
         if not self.held_out:
             return []
         held_out = Mixture([Pieces(store, stage.length) for store in self.held_out])
-        return recipe.held_out_batches(held_out, stage, packing="best_fit", most=ENOUGH)
+        return examples.held_out_batches(held_out, stage, packing="best_fit", most=ENOUGH)
 
 
 class Pieces:
@@ -433,9 +444,10 @@ class Measure:
         self._short = texts.measured(texts.first)
 
     def __call__(self, model: Llama) -> dict[str, Any]:
-        """How often needles are found by depth and length, and by length; loss on short texts."""
+        """How often needles are found by depth and length, and by length; loss on short texts,
+        None if there are none."""
         shares = self._probe(model)
-        loss = self._loss(model, self._short)["loss"] if self._short else math.nan
+        loss = self._loss(model, self._short)["loss"] if self._short else None
         return {
             "short_loss": loss,
             "found": [round(float(x), 4) for x in shares.mean(0)],
@@ -444,9 +456,10 @@ class Measure:
 
 
 def reached(now: Mapping[str, Any], first: Mapping[str, Any], stage: Midtrain) -> bool:
-    """Whether needles are found at all lengths, and short texts are as likely as at first."""
-    lost = now["short_loss"] - first["short_loss"]
-    return min(now["found"]) >= stage.found and not lost > stage.recovered
+    """Whether needles are found at all lengths, and short texts, if any, are known as before."""
+    if min(now["found"]) < stage.found:
+        return False
+    return now["short_loss"] is None or now["short_loss"] - first["short_loss"] <= stage.recovered
 
 
 POD = Midtrain(

@@ -16,8 +16,10 @@ import dataclasses
 import sys
 from typing import Any
 
-from experiments import leaves, recipe
-from l4jax import roofline
+from experiments import examples, leaves, recipe
+from experiments.console import say, told
+from l4jax import checkpoints, roofline
+from l4jax.config import TextConfig
 from l4jax.data import conversations, corpus
 from l4jax.data import tokenizer as tokenizers
 from l4jax.data.tokenizer import Tokenizer
@@ -56,30 +58,48 @@ class Pretrain(leaves.Recipe):
         if self.model and self.checkpoint:
             raise ValueError(f"model {self.model} and checkpoint {self.checkpoint}: leave one out")
         sizes(self)
+        if self.files.images and not self.checkpoint:
+            raise ValueError("images: go on from a model with an image encoder, by --checkpoint")
+        if self.files.images and self.files.too_long == "split":
+            raise ValueError("images: documents stay whole then; use --too-long drop or raise")
         if self.files.data and not (self.tokenizer or self.checkpoint):
             raise ValueError("data of your own needs a tokenizer: give --tokenizer or --checkpoint")
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """See `Recipe`."""
+        return tuple(rows for _, rows in ramp(self)) or (self.batch,)
 
 
 def run(settings: Pretrain) -> loop.Result:
     recipe.begin(settings)
     tokenizer = tokenizer_of(settings)
-    train, held_out = recipe.mixtures(
+    config = config_of(settings, tokenizer)
+    recipe.check_vocabulary(tokenizer, config)
+    recipe.check_model(settings, config)
+    images = None
+    if settings.checkpoint:
+        images = examples.sight(settings, settings.checkpoint, tokenizer)
+    # Documents are cut where rows end, but images stay whole.
+    packing = "split" if images is None else "best_fit"
+    train, held_out = examples.mixtures(
         settings,
-        conversations.Documents(tokenizer),
-        recipe.library,
+        conversations.Documents(tokenizer, **examples.reading(settings, images)),
+        examples.library,
         "Tokenizing the standard library",
     )
     if settings.checkpoint:
         model = recipe.load_model(settings.checkpoint, settings)
     else:
-        chosen = settings.model and recipe.preset(settings.model)
-        model = recipe.new_model(chosen or model_config(tokenizer.vocab_size), settings)
-    recipe.check_vocabulary(tokenizer, model.config)
-    recipe.check_length(settings, model.config)
-    batches = recipe.training_batches(train, settings, packing="split", sizes=sizes(settings))
-    size = roofline.parameters(model.config)
-    recipe.say(f"{size.total:,} parameters, {size.active:,} of them active for each token")
-    kept = [] if held_out is None else recipe.held_out_batches(held_out, settings, packing="split")
+        model = recipe.new_model(config, settings)
+    batches = examples.training_batches(
+        train, settings, packing=packing, sizes=sizes(settings), images=images
+    )
+    size = roofline.parameters(config)
+    say(f"{size.total:,} parameters, {size.active:,} of them active for each token")
+    kept = []
+    if held_out is not None:
+        kept = examples.held_out_batches(held_out, settings, packing=packing, images=images)
     sample = hooks.sample(tokenizer, settings.prompts, seed=settings.seed)
     training, result = recipe.train(
         settings,
@@ -99,18 +119,30 @@ def tokenizer_of(settings: Pretrain) -> Tokenizer:
     path = settings.tokenizer or settings.checkpoint
     if path:
         return tokenizers.load(path)
-    with recipe.told("Training a tokenizer on the standard library"):
+    with told("Training a tokenizer on the standard library"):
         return tokenizers.train(corpus.standard_library().train, vocab_size=VOCABULARY)
+
+
+def config_of(settings: Pretrain, tokenizer: Tokenizer) -> TextConfig:
+    """The architecture: the checkpoint's, the preset's, or a small one."""
+    if settings.checkpoint:
+        return checkpoints.read_config(settings.checkpoint)
+    if settings.model:
+        return recipe.preset(settings.model)
+    return model_config(tokenizer.vocab_size)
 
 
 def sizes(settings: Pretrain) -> Any:
     """Rows of each batch."""
-    if not settings.ramp:
-        return settings.batch
+    return schedules.batch_ramp(ramp(settings)) if settings.ramp else settings.batch
+
+
+def ramp(settings: Pretrain) -> list[tuple[int, int]]:
+    """Steps, and how many rows batches have from there on."""
     stages = [stage.split(":") for stage in settings.ramp]
     if not all(len(stage) == 2 and all(x.isdecimal() for x in stage) for stage in stages):
         raise ValueError(f"ramp {' '.join(settings.ramp)}: write STEP:ROWS, such as 0:16 500:32")
-    return schedules.batch_ramp([(int(step), int(rows)) for step, rows in stages])
+    return [(int(step), int(rows)) for step, rows in stages]
 
 
 POD = Pretrain(

@@ -7,10 +7,11 @@ functions, mined from the standard library's docstrings and signatures, in about
     python -m experiments.sft --checkpoint DIR --data mine.jsonl --export
     python -m experiments.sft --checkpoint DIR --data mine.jsonl --rank 16 --quantize int4
 
-Records may be of the forms that `l4jax.data.conversations` lists. Loss is on what the assistant
-says. `--keep-hardest 0.5` leaves out the half of the examples that a model finds easiest, as was
-done for Llama 4. Leaves what pre-training leaves; with adapters also `adapter/`, with `--export`
-Hugging Face's files in `export/`.
+Records may be of the forms that `l4jax.data.records` lists and, with `--images`, have images as
+`l4jax.data.illustrations` says. Loss is on what the assistant says. `--keep-hardest 0.5` leaves out
+the half of the examples that a model finds easiest, as was done for Llama 4. Leaves what
+pre-training leaves; with adapters also `adapter/`, with `--export` Hugging Face's files in
+`export/`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from experiments import leaves, recipe
+from experiments import examples, leaves, recipe
+from experiments.console import say, told
 from l4jax import checkpoints
-from l4jax.data import conversations, corpus
+from l4jax.config import TextConfig
+from l4jax.data import conversations, corpus, pipeline
 from l4jax.data import tokenizer as tokenizers
 from l4jax.data.mixture import Mixture
 from l4jax.data.store import Subset
@@ -65,22 +68,27 @@ def run(settings: Sft) -> loop.Result:
     tokenizer = tokenizers.load(settings.tokenizer or settings.checkpoint)
     config = checkpoints.read_config(settings.checkpoint)
     recipe.check_vocabulary(tokenizer, config)
-    recipe.check_length(settings, config)
-    train, held_out = recipe.mixtures(
+    recipe.check_model(settings, config)
+    if settings.scorer:
+        check_scorer(settings.scorer, config)
+    images = examples.sight(settings, settings.checkpoint, tokenizer)
+    train, held_out = examples.mixtures(
         settings,
-        conversations.Conversations(tokenizer, learn=settings.learn),
+        conversations.Conversations(
+            tokenizer, learn=settings.learn, **examples.reading(settings, images)
+        ),
         corpus.instructions,
         "Mining the standard library for questions and answers",
     )
     model = recipe.load_model(settings.checkpoint, settings)
     if settings.keep_hardest < 1:
-        train = filter_easy(train, model, settings)
+        train = filter_easy(train, model, settings, images)
     model, trainable = settings.adapters.apply(model, settings.seed)
-    batches = recipe.training_batches(train, settings, packing="best_fit")
-    recipe.say(f"{batches.efficiency(rows=1000).padding:.1%} of the rows is padding")
+    batches = examples.training_batches(train, settings, packing="best_fit", images=images)
+    say(f"{batches.efficiency(rows=1000).padding:.1%} of the rows is padding")
     kept = []
     if held_out is not None:
-        kept = recipe.held_out_batches(held_out, settings, packing="best_fit")
+        kept = examples.held_out_batches(held_out, settings, packing="best_fit", images=images)
     training, result = recipe.train(
         settings,
         model,
@@ -94,25 +102,30 @@ def run(settings: Sft) -> loop.Result:
     return result
 
 
-def filter_easy(mixture: Mixture, model: Llama, settings: Sft) -> Mixture:
+def check_scorer(scorer: str, config: TextConfig) -> None:
+    """Whether a scorer is there and reads the tokens of a model of this architecture."""
+    recipe.check_there(scorer, "--scorer")
+    size = checkpoints.read_config(scorer).vocab_size
+    if size != config.vocab_size:
+        raise ValueError(
+            f"scorer {scorer}: has {size} words, the model {config.vocab_size}; it must read the "
+            "same tokens"
+        )
+
+
+def filter_easy(
+    mixture: Mixture, model: Llama, settings: Sft, images: pipeline.Images | None
+) -> Mixture:
     """The mixture without the examples that a model finds easiest, store by store."""
     if settings.scorer:
-        config = model.config
-        model = checkpoints.load(settings.scorer, execution=settings.place.execution)
-        if model.config.vocab_size != config.vocab_size:
-            raise ValueError(
-                f"scorer {settings.scorer}: has {model.config.vocab_size} words, the model "
-                f"{config.vocab_size}; it must read the same tokens"
-            )
+        model = recipe.load_model(settings.scorer, settings, dtype=None)
     stores = []
     for store in mixture.stores:
-        with recipe.told(f"Measuring how hard {len(store):,} examples are"):
-            batches = recipe.one_epoch(store, settings)
+        with told(f"Measuring how hard {len(store):,} examples are"):
+            batches = examples.one_epoch(store, settings, images=images)
             losses = filtering.example_losses(model, batches, len(store))
         kept = filtering.hardest(losses, settings.keep_hardest)
-        recipe.say(
-            f"kept {len(kept):,} of {len(store):,} examples: losses from {losses[kept].min():.3f}"
-        )
+        say(f"kept {len(kept):,} of {len(store):,} examples: losses from {losses[kept].min():.3f}")
         stores.append(Subset(store, kept))
     return Mixture(stores, mixture.weights)
 

@@ -7,17 +7,8 @@ import pytest
 
 from l4jax.data import chat
 from l4jax.data import tokenizer as tk
-from l4jax.data.conversations import (
-    Completion,
-    Conversation,
-    Conversations,
-    Document,
-    Documents,
-    Preference,
-    Preferences,
-    fingerprint,
-    normalise,
-)
+from l4jax.data.conversations import Conversations, Documents, Preferences, fingerprint
+from l4jax.data.records import Completion, Conversation, Document, Preference, normalise
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hi 🎉"}
@@ -219,13 +210,18 @@ def test_what_answers_share_is_their_prompt(bpe):
 def test_an_edited_answer_comes_first_where_it_is_wanted(bpe):
     value = PREFERENCES["texts"] | {"edited": "best"}
     assert len(Preferences(bpe)(value)) == 2
-    segments = Preferences(bpe, edited=True)(value)
+    segments = Preferences(bpe, edited="add")(value)
     assert [learned(segment, bpe) for segment in segments] == [
         "best<|eot|>",
         "good<|eot|>",
         "bad<|eot|>",
     ]
-    assert len(Preferences(bpe, edited=True)(PREFERENCES["texts"] | {"edited": None})) == 2
+    assert len(Preferences(bpe, edited="add")(PREFERENCES["texts"] | {"edited": None})) == 2
+    for edited, best in (("leave", "good"), ("replace", "best")):
+        pair = Preferences(bpe, edited=edited)(value)
+        assert [learned(x, bpe) for x in pair] == [f"{best}<|eot|>", "bad<|eot|>"]
+    unedited = Preferences(bpe, edited="replace")(PREFERENCES["texts"])
+    assert [learned(x, bpe) for x in unedited] == ["good<|eot|>", "bad<|eot|>"]
 
 
 def test_tokens_that_end_a_turn_are_left_out_where_they_shall_not_count(bpe):
@@ -258,7 +254,7 @@ def test_encoders_travel_to_other_processes(family):
     for encode, value in (
         (Documents(bpe, eos=False), {"text": "Hi 🎉"}),
         (Conversations(bpe, learn="last"), FORMS["OpenAI"]),
-        (Preferences(bpe, edited=True), PREFERENCES["texts"] | {"edited": "best"}),
+        (Preferences(bpe, edited="add"), PREFERENCES["texts"] | {"edited": "best"}),
     ):
         again = pickle.loads(pickle.dumps(encode))
         assert again.settings() == encode.settings()

@@ -6,7 +6,8 @@ import sysconfig
 
 import pytest
 
-from l4jax.data import conversations, corpus, mined
+from l4jax.data import corpus, mined
+from l4jax.data.records import normalise
 
 NAMES = [f"package/module_{i}.py" for i in range(300)]
 
@@ -167,12 +168,12 @@ def test_each_side_asks_about_its_own_files_only():
 
 def test_conversations_reads_them(records):
     for record in records[0].held_out:
-        (user, assistant) = conversations.normalise(record).messages
+        (user, assistant) = normalise(record).messages
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert user["content"]
         assert assistant["content"]
     for record in records[1].held_out:
-        found = conversations.normalise(record)
+        found = normalise(record)
         assert found.prompt == record["prompt"]
         assert "" not in found.answers
         assert len(set(found.answers)) == 2

@@ -114,6 +114,7 @@ def test_another_configuration_is_refused_and_its_leaves_named(whole, tmp_path):
     ):
         fit(out, resume=True, steps=30, spike=4.0)
     fit(out, resume=True, keep=5, tensorboard=False, checkpoint_minutes=1.0)
+    fit(out, resume=True, checkpoint_every=3, evaluate_every=7, on_nonfinite="stop")
 
 
 def test_a_recipe_s_own_configuration_is_what_counts(tmp_path):

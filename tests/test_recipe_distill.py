@@ -126,6 +126,34 @@ def test_a_teacher_may_lie_on_other_devices(go, whole, tmp_path):
     assert go(tmp_path / "many", "--mesh", "data=2", "--teacher-mesh", "data=8") == 1
 
 
+def test_a_teacher_may_learn_too(go, whole, files, tmp_path, monkeypatch):
+    """Killed and resumed: both models go on; and both are saved."""
+    out, weight = tmp_path / "out", objectives.soft_weight
+
+    def dies(step, *rest, **more):
+        if step == 3:
+            raise Killed
+        return weight(step, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objectives, "soft_weight", dies)
+        with pytest.raises(Killed):
+            go(out, "--codistill")
+    assert go(out, "--codistill", "--resume") == 0
+    assert go(tmp_path / "second", "--codistill") == 0
+    found, frozen = lines(out), lines(whole)
+    assert found == lines(tmp_path / "second")
+    # The first answers are those of the teacher as it was.
+    assert found[0]["soft"] == pytest.approx(frozen[0]["soft"], rel=1e-4)
+    assert found[-1]["soft"] != pytest.approx(frozen[-1]["soft"], rel=1e-4)
+    assert found[-1]["eval_teacher_loss"] < found[0]["teacher_loss"]
+    assert checkpoints.read_config(out / "teacher") == CONFIG
+    assert checkpoints.read_config(out / "model") == distill.half(CONFIG)
+    before = checkpoints.load(files / "model")
+    after = checkpoints.load(out / "teacher")
+    assert not np.array_equal(before.embed[...], after.embed[...])
+
+
 def test_a_student_has_half_the_width():
     teacher, student = presets.llama4_maverick(), distill.half(presets.llama4_maverick())
     assert (student.embed_dim, student.mlp_dim) == (2560, 8192)
@@ -162,6 +190,8 @@ def test_a_pod_can_hold_teacher_and_student(name):
         (("--top", 0), "top 0 must be at least 1"),
         (("--temperature", 0), "temperature 0.0 above 0"),
         (("--teacher-mesh", "rows=2"), "write axes and sizes such as"),
+        (("--codistill", "--cache", "a"), "codistill asks a teacher that changes"),
+        (("--codistill", "--soft", 0), "codistill asks a teacher that changes"),
         (("--weight", 7), "weight"),
     ],
 )

@@ -142,6 +142,19 @@ def test_another_run_in_the_same_folder_is_refused(go, whole, capsys):
     assert "needles: 0.7 then, 0.25 now" in capsys.readouterr().err
 
 
+def test_without_held_out_texts_only_needles_count_and_it_says_so(
+    files, tmp_path, monkeypatch, capsys
+):
+    given = ("--checkpoint", files / "model", "--data", files / "texts", "--out", tmp_path)
+    given += ("--lengths", 64, "--steps=2", "--warmup=1", "--samples=1", "--found=0.01")
+    assert call(midtrain, midtrain.Midtrain(), monkeypatch, *given) == 0
+    assert "short texts not measured" in " ".join(capsys.readouterr().err.split())
+    text = (tmp_path / "report.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["stages"][0]["after"]["short_loss"] is None
+    assert "eval_short_loss" not in lines(tmp_path / "stage-64")[-1]
+
+
 # --- When a stage ends ---------------------------------------------------------------------------
 @pytest.fixture
 def measured(monkeypatch):
@@ -191,7 +204,8 @@ def test_a_stage_ends_when_needles_are_found_and_short_texts_are_known_again(
         ([1.0, 1.0], 1.019, True),
         ([1.0, 0.8], 0.5, False),
         ([1.0, 1.0], 1.03, False),
-        ([0.9], float("nan"), True),  # nothing held out
+        ([0.9], None, True),  # nothing held out
+        ([0.8], None, False),
     ],
 )
 def test_all_lengths_count(found, loss, expected):

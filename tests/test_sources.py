@@ -207,10 +207,14 @@ def test_damaged_files_are_named(tmp_path):
     """They are errors whatever is said of malformed records: nobody knows what they held."""
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines() * 1000)[:-20])
     (tmp_path / "b.jsonl.gz").write_bytes(lines())
+    garbled = bytearray(gzip.compress(lines() * 1000))
+    garbled[20:30] = b"\xff" * 10
+    (tmp_path / "e.jsonl.gz").write_bytes(garbled)
     (tmp_path / "c.json").write_bytes(b"[{]")
     for name, message in (
         ("a.jsonl.gz", "is damaged or no gzip file"),
         ("b.jsonl.gz", "is damaged or no gzip file"),
+        ("e.jsonl.gz", "is damaged or no gzip file"),
         ("c.json", "is no JSON"),
     ):
         with pytest.raises(ValueError, match=f"{name}: {message}"):

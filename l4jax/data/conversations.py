@@ -1,122 +1,31 @@
-"""Records of many forms to tokens: documents, conversations, preferences.
-
-A record is told by its names:
-
-    text                                           a document
-    messages                                       a conversation (OpenAI)
-    conversations, of from and value               a conversation (ShareGPT)
-    instruction, output, maybe input and system    a conversation (Alpaca)
-    prompt, completion                             a conversation, or text that goes on
-    chosen, rejected, maybe prompt and edited      a preference
-
-where prompt (in preferences also called conversations), completion, chosen, rejected and edited are
-texts or lists of messages. What reads records for training is an encoder, here one for each
-purpose; `tokenizing.tokenize` runs it.
+"""Records to tokens for training: encoders, one for each purpose; `tokenizing.tokenize` runs them.
 
     encode = Conversations(tokenizer.load(folder))
     encode({"messages": [{"role": "user", "content": "Hi"}, …]})
+
+`records` says which forms records may have, `illustrations` how they name images.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+import l4jax.data.images as pictures
+from l4jax.data import illustrations, records
 from l4jax.data import tokenizer as tokenizers
 from l4jax.data.chat import Message, Rendered, ToolFormat, render
+from l4jax.data.images import Settings
+from l4jax.data.records import Completion, Conversation, Messages, Preference, normalise
 from l4jax.data.tokenizer import Tokenizer
 
 Learn = Literal["assistant", "last", "all"]
-Messages = tuple[Message, ...]
-
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "developer": "system",
-    "tool": "tool",
-    "ipython": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-}
-"""What writers call the roles."""
-_FORMS = (
-    "text; messages; conversations; instruction and output; prompt and completion; "
-    "chosen and rejected"
-)
-
-
-class Document(NamedTuple):
-    """Text without turns."""
-
-    text: str
-
-
-class Completion(NamedTuple):
-    """Text, and how it goes on."""
-
-    prompt: str
-    completion: str
-
-
-class Conversation(NamedTuple):
-    """Turns, of which the first `given` are never to be learned."""
-
-    messages: Messages
-    given: int = 0
-
-
-class Preference(NamedTuple):
-    """Answers to the same prompt, best first: an edited one if there is one, chosen, rejected.
-
-    All are texts, or all are turns.
-    """
-
-    prompt: str | Messages
-    answers: tuple[str | Messages, ...]
-
-
-def normalise(value: Mapping[str, Any]) -> Document | Completion | Conversation | Preference:
-    """What a record is, whatever its form.
-
-    Names without a value count as absent: tables have them in every row.
-
-    Raises:
-        ValueError: the record has none of the known forms, or is malformed.
-    """
-    names = {name for name, item in value.items() if item is not None}
-    if {"chosen", "rejected"} <= names:
-        return _preference(value)
-    if "messages" in names:
-        return Conversation(_messages(value["messages"], "messages"))
-    if "conversations" in names:
-        turns = _messages(value["conversations"], "conversations")
-        return Conversation((*_system(value), *turns))
-    if {"instruction", "output"} <= names:
-        return _alpaca(value)
-    if {"prompt", "completion"} <= names:
-        prompt, completion = value["prompt"], value["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return Completion(prompt, completion)
-        given = _turns(prompt, "prompt", "user")
-        return Conversation(given + _turns(completion, "completion", "assistant"), len(given))
-    if "text" in names:
-        return Document(_string(value["text"], "text"))
-    seen = ", ".join(sorted(names)) or "none"
-    raise ValueError(f"a record with the names {seen}; known are {_FORMS}")
+Edited = Literal["leave", "replace", "add"]
+"""See `Preferences`."""
 
 
 # --- Encoders ------------------------------------------------------------------------------------
@@ -125,9 +34,17 @@ Segments = list[Rendered]
 
 @dataclasses.dataclass(frozen=True)
 class _Encoder:
-    """A tokenizer with settings; goes to other processes as the tokenizer's files."""
+    """A tokenizer with settings; goes to other processes as the tokenizer's files.
+
+    Attributes:
+        tokenizer: supplies the ids.
+        images: how images become tiles; None for a model that reads text only.
+        folder: what paths of images are relative to.
+    """
 
     tokenizer: Tokenizer
+    images: Settings | None = dataclasses.field(default=None, kw_only=True)
+    folder: str = dataclasses.field(default="", kw_only=True)
 
     @property
     def vocab_size(self) -> int:
@@ -136,13 +53,58 @@ class _Encoder:
 
     def settings(self) -> dict[str, Any]:
         """All that decides what comes out, for `meta.json`."""
-        fields = dataclasses.fields(self)
-        rest = {f.name: getattr(self, f.name) for f in fields if f.name != "tokenizer"}
+        rest = self._rest()
+        if self.images is None:
+            del rest["images"], rest["folder"]
+        else:
+            rest["images"] = dataclasses.asdict(self.images)
         return {"encoder": type(self).__name__, **rest}
 
+    def _rest(self) -> dict[str, Any]:
+        fields = dataclasses.fields(self)
+        return {f.name: getattr(self, f.name) for f in fields if f.name != "tokenizer"}
+
     def __reduce__(self) -> Any:
-        rest = {n: v for n, v in self.settings().items() if n != "encoder"}
-        return _revived, (type(self), _files(self.tokenizer), rest)
+        return _revived, (type(self), _files(self.tokenizer), self._rest())
+
+    def _measured(self, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The record with its images measured.
+
+        Raises:
+            ValueError: it has images, which the model does not read, or one cannot be read.
+        """
+        if self.images is not None:
+            return illustrations.measured(value, self.images, self.folder)
+        if illustrations.named(value):
+            raise ValueError("the record has images, and the model reads text only")
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turns(_Encoder):
+    """What encoders of messages share.
+
+    Attributes:
+        tool_format: how tool calls are written.
+    """
+
+    tool_format: ToolFormat = dataclasses.field(default="json", kw_only=True)
+
+    def _render(self, messages: Sequence[Message]) -> Rendered:
+        return render(messages, self.tokenizer, tool_format=self.tool_format, images=self.images)
+
+    def _unlearned(self, rendered: Rendered, given: Sequence[Message]) -> Rendered:
+        """The same tokens, of which those of the turns given are not to be predicted."""
+        # Turns are encoded one by one, so the tokens of the first turns are the first tokens.
+        size = len(self._render(given).tokens)
+        return rendered._replace(loss_mask=[False] * size + rendered.loss_mask[size:])
+
+    def _texts(self, rendered: Rendered) -> list[bool]:
+        """Which tokens are no image's."""
+        if self.images is None or not rendered.images:
+            return [True] * len(rendered.tokens)
+        of_images = set(pictures.layout((2, 2), self.tokenizer, self.images.tokens_per_tile))
+        return [token not in of_images for token in rendered.tokens]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,28 +140,47 @@ class Documents(_Encoder):
         text = value.get(self.key)
         if text is None:
             raise ValueError(f"a record with the names {', '.join(value)}; wanted is {self.key}")
-        if not _string(text, self.key).strip():
+        if illustrations.named(value):
+            return [self._illustrated(value)]
+        if not records.string(text, self.key).strip():
             return []
         ids = self.tokenizer.encode(text, bos=self.bos)
         ids += [_end(self.tokenizer)] if self.eos else []
         return [Rendered(ids, [True] * len(ids))]
 
+    def _illustrated(self, value: Mapping[str, Any]) -> Rendered:
+        """A document with images where `<image>` stands; nobody learns their tokens."""
+        if self.images is None:
+            raise ValueError("the record has images, and the model reads text only")
+        listed = illustrations.beside(value, self.images, self.folder)
+        first: Any = self.tokenizer.bos_id
+        tokens = [first] if self.bos else []
+        mask = [True] * len(tokens)
+        for part in illustrations.text(records.string(value[self.key], self.key), listed):
+            if isinstance(part, str):
+                ids = self.tokenizer.encode(part)
+            else:
+                ids = pictures.layout(part.grid, self.tokenizer, self.images.tokens_per_tile)
+            tokens += ids
+            mask += [isinstance(part, str)] * len(ids)
+        if self.eos:
+            tokens, mask = [*tokens, _end(self.tokenizer)], [*mask, True]
+        return Rendered(tokens, mask, tuple(listed))
+
 
 @dataclasses.dataclass(frozen=True)
-class Conversations(_Encoder):
+class Conversations(_Turns):
     """Encodes conversations by `chat.render`.
 
     Attributes:
         tokenizer: supplies the ids and the family's chat format.
         learn: what is to be predicted: what the "assistant" says in all its turns, in its "last"
             one, or "all" tokens of all turns.
-        tool_format: how tool calls are written.
         template: False takes prompt and completion as they are, without turns, for base models:
             begin_of_text, prompt, completion, end_of_text. The last two are to be predicted.
     """
 
     learn: Learn = "assistant"
-    tool_format: ToolFormat = "json"
     template: bool = True
 
     def __post_init__(self) -> None:
@@ -214,46 +195,48 @@ class Conversations(_Encoder):
         Raises:
             ValueError: the record is of another kind, malformed, or nobody learns from it.
         """
-        found = normalise(value)
+        found = normalise(self._measured(value))
         if not self.template:
             if not isinstance(found, Completion):
-                raise ValueError(f"{_kind(found)}; without a template prompt and completion texts")
+                raise ValueError(
+                    f"{records.kind(found)}; without a template prompt and completion texts"
+                )
             return [_continued(self.tokenizer, *found, everything=self.learn == "all")]
         if isinstance(found, Completion):
-            found = _as_turns(found)
+            found = records.as_turns(found)
         if not isinstance(found, Conversation):
-            raise ValueError(f"{_kind(found)}; wanted is a conversation")
+            raise ValueError(f"{records.kind(found)}; wanted is a conversation")
         roles = [message.get("role") for message in found.messages]
         if "assistant" not in roles[found.given :]:
             raise ValueError("a conversation without an assistant's turn; nothing is to be learned")
-        rendered = render(found.messages, self.tokenizer, tool_format=self.tool_format)
+        rendered = self._render(found.messages)
         if self.learn == "all":
-            return [Rendered(rendered.tokens, [True] * len(rendered.tokens))]
+            return [rendered._replace(loss_mask=self._texts(rendered))]
         given = found.given
         if self.learn == "last":
             given = len(roles) - 1 - roles[::-1].index("assistant")
-        return [_unlearned(rendered, found.messages[:given], self.tokenizer, self.tool_format)]
+        return [self._unlearned(rendered, found.messages[:given])]
 
 
 @dataclasses.dataclass(frozen=True)
-class Preferences(_Encoder):
+class Preferences(_Turns):
     """Encodes preferences: a segment for each answer, best first, the prompt in front of each.
 
     What the assistant says in the answers is to be predicted, not what it says in the prompt.
 
     Attributes:
         tokenizer: supplies the ids and the family's chat format.
-        edited: whether an edited answer comes first, where there is one, and makes three segments.
+        edited: what becomes of an edited answer, where there is one: it is left out ("leave"),
+            takes the place of the chosen one ("replace"), or comes before it and makes three
+            segments ("add").
         formatting: whether tokens that end a turn are to be predicted. Llama 3's DPO leaves them
             out: both answers have them, and what is pushed up and down at once makes a model repeat
             itself or stop early (Dubey et al. 2024, §4.1.4).
-        tool_format: how tool calls are written.
         template: False takes texts as they are, without turns: see `Conversations`.
     """
 
-    edited: bool = False
+    edited: Edited = "leave"
     formatting: bool = True
-    tool_format: ToolFormat = "json"
     template: bool = True
 
     def __post_init__(self) -> None:
@@ -266,10 +249,13 @@ class Preferences(_Encoder):
         Raises:
             ValueError: the record is of another kind, malformed, or its answers are the same.
         """
-        found = normalise(value)
+        found = normalise(self._measured(value))
         if not isinstance(found, Preference):
-            raise ValueError(f"{_kind(found)}; wanted are chosen and rejected answers")
-        answers = found.answers if self.edited else found.answers[-2:]
+            raise ValueError(f"{records.kind(found)}; wanted are chosen and rejected answers")
+        answers = found.answers
+        if self.edited != "add":
+            chosen = answers[0 if self.edited == "replace" else -2]
+            answers = (chosen, answers[-1])
         if any(answer in answers[:n] for n, answer in enumerate(answers)):
             raise ValueError("two of the answers are the same; neither is better")
         rendered = [self._answer(found.prompt, answer) for answer in answers]
@@ -279,19 +265,18 @@ class Preferences(_Encoder):
         """The same tokens, of which special ones are not to be predicted."""
         marks = frozenset(self.tokenizer.special.values())
         pairs = zip(rendered.tokens, rendered.loss_mask, strict=True)
-        return Rendered(rendered.tokens, [learned and id not in marks for id, learned in pairs])
+        return rendered._replace(loss_mask=[learned and id not in marks for id, learned in pairs])
 
     def _answer(self, prompt: str | Messages, answer: str | Messages) -> Rendered:
         if not self.template:
             if not (isinstance(prompt, str) and isinstance(answer, str)):
                 raise ValueError("a preference of messages; without a template texts are wanted")
             return _continued(self.tokenizer, prompt, answer)
-        before = _turns(prompt, "prompt", "user")
-        turns = _turns(answer, "answer", "assistant")
+        before = records.turns(prompt, "prompt", "user")
+        turns = records.turns(answer, "answer", "assistant")
         if not any(message.get("role") == "assistant" for message in turns):
             raise ValueError("an answer without an assistant's turn")
-        rendered = render(before + turns, self.tokenizer, tool_format=self.tool_format)
-        return _unlearned(rendered, before, self.tokenizer, self.tool_format)
+        return self._unlearned(self._render(before + turns), before)
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -331,115 +316,3 @@ def _continued(
     before = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
     after = [*tokenizer.encode(completion), _end(tokenizer)]
     return Rendered(before + after, [everything] * len(before) + [True] * len(after))
-
-
-def _unlearned(
-    rendered: Rendered, given: Sequence[Message], tokenizer: Tokenizer, tool_format: ToolFormat
-) -> Rendered:
-    """The same tokens, of which those of the turns given are not to be predicted."""
-    # Turns are encoded one by one, so the tokens of the first turns are the first tokens.
-    size = len(render(given, tokenizer, tool_format=tool_format).tokens)
-    return Rendered(rendered.tokens, [False] * size + rendered.loss_mask[size:])
-
-
-# --- Reading records -----------------------------------------------------------------------------
-def _messages(given: Any, name: str) -> Messages:
-    """Messages in the style of OpenAI, from those of OpenAI or ShareGPT; one may stand alone."""
-    given = [given] if isinstance(given, Mapping) else given
-    if not isinstance(given, (list, tuple)) or not given:
-        raise ValueError(f"{name} is {_short(given)}; expected a list of messages")
-    return tuple(_message(message, f"{name}[{n}]") for n, message in enumerate(given))
-
-
-def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise ValueError(f"{where} is {_short(message)}; expected role and content")
-    named = {name: item for name, item in message.items() if item is not None}
-    if "role" not in named and "from" not in named:
-        seen = ", ".join(sorted(named)) or "no names"
-        raise ValueError(f"{where} has {seen}; expected role and content, or from and value")
-    theirs = named.get("role", named.get("from"))
-    role = _ROLES.get(theirs) if isinstance(theirs, str) else None
-    if role is None:
-        raise ValueError(f"{where} is of {theirs!r}; known are {', '.join(_ROLES)}")
-    content = named.get("content", named.get("value"))
-    if theirs == "function_call":
-        return {"role": role, "content": "", "tool_calls": _called(content, where)}
-    rest = {name: named[name] for name in ("tool_calls", "stop_reason") if named.get(name)}
-    return {"role": role, "content": content, **rest}
-
-
-def _called(content: Any, where: str) -> list[Any]:
-    """ShareGPT's calls of tools: one or several, as JSON."""
-    try:
-        calls = json.loads(content)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where} calls {_short(content)}, which is no JSON") from None
-    return calls if isinstance(calls, list) else [calls]
-
-
-def _turns(given: Any, name: str, role: str) -> Messages:
-    """Messages, or a text as one message."""
-    return ({"role": role, "content": given},) if isinstance(given, str) else _messages(given, name)
-
-
-def _system(value: Mapping[str, Any]) -> Messages:
-    text = value.get("system")
-    return ({"role": "system", "content": _string(text, "system")},) if text else ()
-
-
-def _alpaca(value: Mapping[str, Any]) -> Conversation:
-    """The input, if any, follows the instruction after a blank line."""
-    parts = [_string(value["instruction"], "instruction"), value.get("input") or ""]
-    question = "\n\n".join(_string(part, "input") for part in parts if part)
-    answer = _string(value["output"], "output")
-    asked: Messages = (*_system(value), {"role": "user", "content": question})
-    return Conversation((*asked, {"role": "assistant", "content": answer}))
-
-
-def _as_turns(pair: Completion) -> Conversation:
-    asked, answer = {"role": "user", "content": pair.prompt}, pair.completion
-    return Conversation((asked, {"role": "assistant", "content": answer}), 1)
-
-
-def _preference(value: Mapping[str, Any]) -> Preference:
-    """Answers after a prompt of their own, or after what whole conversations have in common."""
-    names = [name for name in ("edited", "chosen", "rejected") if value.get(name) is not None]
-    given = [value[name] for name in names]
-    prompt = next((value[n] for n in ("prompt", "conversations") if value.get(n) is not None), None)
-    if all(isinstance(item, str) for item in [prompt, *given]):
-        return Preference(str(prompt), tuple(given))
-    if prompt is None and any(isinstance(item, str) for item in given):
-        raise ValueError("chosen and rejected are texts without a prompt; add prompt")
-    answers = [_turns(item, name, "assistant") for item, name in zip(given, names, strict=True)]
-    before = () if prompt is None else _turns(prompt, "prompt", "user")
-    if before and all(_begins(answer, before) for answer in answers):
-        answers = [answer[len(before) :] for answer in answers]
-    if not before:
-        shared = 0
-        shortest = min(map(len, answers)) - 1
-        while shared < shortest and all(a[shared] == answers[0][shared] for a in answers):
-            shared += 1
-        before = answers[0][:shared]
-        answers = [answer[shared:] for answer in answers]
-    return Preference(before, tuple(answers))
-
-
-def _begins(turns: Messages, before: Messages) -> bool:
-    """Whether a conversation has its prompt in it."""
-    return len(turns) > len(before) and turns[: len(before)] == before
-
-
-def _string(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {_short(value)}; expected a text")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _kind(found: Any) -> str:
-    return f"the record is a {type(found).__name__.lower()}"

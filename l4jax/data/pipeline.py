@@ -5,7 +5,9 @@ there is padding; positions, which restart with each segment. Where a store says
 be predicted, loss_mask, Bool[b t]. With `segments`, each Int32[b s] with a column for each segment:
 example, the number of its example, -1 where there is no such segment; and where examples have
 several segments, groups, the number in its row of the example it belongs to, from 1, 0 for none,
-and ranks, which count an example's segments down to 0 for the last and worst.
+and ranks, which count an example's segments down to 0 for the last and worst. With images, tiles,
+Float32[m c y x], of all rows' images one after another, and places, Int32[b t]: which of the tiles'
+features stands at a token, -1 where none does (`models.multimodal.Images`).
 
 An iterator's state is where the next batch begins: two numbers of the packer's, and the number of
 the batch. What comes next follows from them whatever the number of workers, and of processes, of
@@ -26,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 import grain
 import numpy as np
 
+import l4jax.data.images as pictures
 from l4jax.data.mixture import Mixture
 from l4jax.data.packing import (
     PACKINGS,
@@ -81,6 +84,31 @@ def batches(
     return Batches(mixture, settings)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Images:
+    """How the images of a batch come with it.
+
+    Tiles are padded, by black ones that no token refers to, to a number of few: powers of two and
+    one and a half times those, times `multiple`. So a step is compiled for few shapes.
+    """
+
+    settings: pictures.Settings
+    """How they become tiles."""
+    patch_id: int
+    """The token that a feature stands in the place of."""
+    multiple: int = 1
+    """As many as a mesh has devices with different tokens."""
+    pieces: int = 1
+    """Into so many a batch is cut, as `trainer.Update(accumulate=…)` says: each has tiles of its
+    own, which take turns, as rows do. Places are counted through those of a piece."""
+
+    def room(self, count: int) -> int:
+        """The number of tiles to pad `count` to."""
+        units = -(-max(count, 1) // self.multiple)
+        power = 1 << (units - 1).bit_length()
+        return self.multiple * (power * 3 // 4 if units <= power * 3 // 4 else power)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Settings:
     """The arguments of `batches`."""
@@ -92,6 +120,7 @@ class _Settings:
     rows: Rows | None = None
     segments: int | None = None
     workers: int = 0
+    images: Images | None = None
     skip: int = 0
     """Batches to leave out at the beginning; only where all have the same size."""
     whole: bool = False
@@ -115,6 +144,8 @@ class _Settings:
                 f"segments={self.segments} with packing={self.packing!r}: it must be at least 1, "
                 "and rows of 'split' hold as many as come"
             )
+        if self.images is not None and self.packing == "split":
+            raise ValueError("packing 'split' would cut images; use 'best_fit' or 'none'")
         if isinstance(self.batch_size, Sequence):
             _check_ramp(self.batch_size)
         self.rows_of(self.size(0))
@@ -177,7 +208,17 @@ class Batches(grain.IterDataset):
         if settings.segments is not None and mixture.first[-1] > 2**31:
             raise ValueError(f"{mixture.first[-1]:,} examples are too many to number in 32 bits")
 
+    def with_images(self, images: Images) -> Batches:
+        """The same batches with tiles and places.
+
+        Raises:
+            ValueError: rows are cut, and so would images be.
+        """
+        return Batches(self._mixture, dataclasses.replace(self.settings, images=images))
+
     def __iter__(self) -> BatchIterator:
+        if self.settings.images is None and any(x.tiles.any() for x in self._mixture.stores):
+            raise ValueError("the examples have images: say how they become tiles (with_images)")
         return BatchIterator(self)
 
     def __str__(self) -> str:
@@ -200,6 +241,8 @@ class Batches(grain.IterDataset):
             [mixture.unit, mixture.epochs, WINDOW],
             [settings.length, settings.seed, settings.packing, settings.segments],
         ]
+        if settings.images is not None:
+            parts.append([repr(settings.images.settings), settings.images.patch_id])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def start(self) -> Position:
@@ -222,8 +265,8 @@ class Batches(grain.IterDataset):
 
     def read(self, plan: Plan) -> Batch:
         """The batch that a plan describes: of its rows, those to make here."""
-        plan = rows_of(plan, self.settings.rows_of(plan.rows))
-        rows, stores, examples, starts, sizes = plan.pieces
+        whole, plan = plan, rows_of(plan, self.settings.rows_of(plan.rows))
+        rows, stores, examples, _, sizes = plan.pieces
         used = np.bincount(rows, sizes, minlength=plan.rows)
         filled = np.arange(self.settings.length) < used[:, None]
         # A batch of empty rows only has no part to join.
@@ -245,6 +288,8 @@ class Batches(grain.IterDataset):
         }
         if self.has_mask:
             made["loss_mask"] = _spread(filled, np.concatenate(masks), np.bool_)
+        if self.settings.images is not None:
+            made |= self._images(whole, made["tokens"], self.settings.images)
         if self.settings.segments is None:
             return made
         place = np.arange(len(piece)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -258,6 +303,46 @@ class Batches(grain.IterDataset):
             made[name][rows[piece], number] = value
         return made
 
+    def _images(self, plan: Plan, tokens: np.ndarray, how: Images) -> Batch:
+        """Tiles and places of a whole batch: those to make here, for `tokens`, the rows made here.
+
+        Every process knows how many tiles each row has, and makes its share of all tiles, whichever
+        rows they are for.
+        """
+        stores = self._mixture.stores
+        names = list(zip(*plan.pieces[:3].tolist(), strict=True))
+        tiles = np.array([stores[store].tiles[example] for _, store, example in names], np.int64)
+        of_row = np.bincount(plan.pieces[0], tiles, minlength=plan.rows).astype(np.int64)
+        by_piece = of_row.reshape(-1, how.pieces)
+        room = how.room(int(by_piece.sum(axis=0).max()))
+        first = (np.cumsum(by_piece, axis=0) - by_piece).reshape(-1)
+        own = np.array(self.settings.rows_of(plan.rows))
+        patches = tokens == how.patch_id
+        each = how.settings.tokens_per_tile
+        if (patches.sum(axis=1) != of_row[own] * each).any():
+            raise ValueError(
+                f"rows have {patches.sum(axis=1).tolist()} tokens of id {how.patch_id} for "
+                f"{of_row[own].tolist()} tiles of {each} features: tokenize again, with the "
+                "settings of this model's images"
+            )
+        places = np.where(patches, np.cumsum(patches, axis=1) - 1 + first[own, None] * each, -1)
+        # Where each tile to be made here stands among those of this process.
+        wanted = {n: i for i, n in enumerate(self.settings.rows_of(room * how.pieces))}
+        side = how.settings.tile_size
+        made = np.full((len(wanted), 3, side, side), -1, np.float32)
+        within = np.zeros(plan.rows, np.int64)
+        for (row, store, example), count in zip(names, tiles.tolist(), strict=True):
+            start = first[row] + within[row]
+            numbers = (start + np.arange(count)) * how.pieces + row % how.pieces
+            within[row] += count
+            if not wanted.keys().isdisjoint(numbers.tolist()):
+                found = stores[store].pictures(example)
+                cut = np.concatenate([_tiles(picture, how.settings) for picture in found])
+                for number, tile in zip(numbers.tolist(), cut, strict=True):
+                    if number in wanted:
+                        made[wanted[number]] = tile
+        return {"tiles": made, "places": places.astype(np.int32)}
+
     def _segments(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """How many segments each piece has, and the length of each segment."""
         _, stores, examples, _, sizes = plan.pieces
@@ -270,6 +355,16 @@ class Batches(grain.IterDataset):
         counts = np.array([len(x) for x in ends], np.int64)
         lengths = [np.diff(x, prepend=0) for x in ends]
         return counts, np.concatenate([np.zeros(0, np.int64), *lengths])
+
+
+def _tiles(picture: pictures.Picture, settings: pictures.Settings) -> np.ndarray:
+    cut = pictures.tile(pictures.read(picture.content), settings)
+    if cut.grid != picture.grid:
+        raise ValueError(
+            f"an image has {cut.grid} tiles and had {picture.grid} when it was tokenized: tokenize "
+            "again, with the settings of this model's images"
+        )
+    return cut.tiles
 
 
 def _spread(filled: np.ndarray, values: np.ndarray, dtype: type = np.int32) -> np.ndarray:

@@ -19,6 +19,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -291,7 +292,7 @@ def _opened(file: Any) -> Iterator[Any]:
         try:
             with gzip.open(raw) as unzipped:
                 yield unzipped
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{file}: is damaged or no gzip file ({error})") from None
 
 

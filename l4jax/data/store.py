@@ -7,6 +7,9 @@ places in it, so none of that needs the texts again.
     loss_mask.bin   bool, as many; absent where every token counts
     offsets.npy     int64: where each segment begins, and the end
     examples.npy    int64: the first segment of each example, and the end; absent where each has one
+    images.bin      files of images, one after another; absent where there are none, as the next
+    images.npz      int64: where each begins, and the end; the grid of its tiles; the first of each
+                    example, and the end
     meta.json       what it was made from, with which tokenizer and settings, and what came of it
     report.json     how many records were read, kept and left out, and why
 
@@ -17,6 +20,7 @@ the rejected answer of a preference, best first. `tokenizing.tokenize` makes sto
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -24,6 +28,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from l4jax.data.images import Picture
 
 FORMAT = 1
 """Of the folder; another one is made anew."""
@@ -51,6 +57,7 @@ class Store:
         meta: content of its meta.json.
         lengths: Int64[n], tokens of each example.
         segments: Int64[n], segments of each example.
+        tiles: Int64[n], tiles of each example's images.
         most_segments: the most that an example has.
         has_mask: whether it says which tokens are to be predicted.
 
@@ -77,6 +84,16 @@ class Store:
             np.ones_like(self.lengths) if self._examples is None else np.diff(self._examples)
         )
         self.most_segments = int(self.segments.max())
+        self.tiles = np.zeros_like(self.lengths)
+        self._images: dict[str, np.ndarray] | None = None
+        if (self.folder / "images.npz").exists():
+            with np.load(self.folder / "images.npz") as found:
+                self._images = dict(found)
+            size = int(self._images["offsets"][-1])
+            self._content = _mapped(self.folder / "images.bin", np.uint8, size)
+            tiles = self._images["grids"].prod(axis=1)
+            before = np.concatenate([[0], np.cumsum(tiles + (tiles > 1))])
+            self.tiles = np.diff(before[self._images["examples"]])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -119,6 +136,17 @@ class Store:
         first, last = (int(n) for n in self._examples[number : number + 2])
         return self._offsets[first + 1 : last + 1] - self._offsets[first]
 
+    def pictures(self, number: int) -> list[Picture]:
+        """The images of an example, in the order of its tokens."""
+        if self._images is None:
+            return []
+        offsets, grids = self._images["offsets"], self._images["grids"]
+        first, last = self._images["examples"][number : number + 2]
+        return [
+            Picture(self._content[offsets[n] : offsets[n + 1]].tobytes(), tuple(grids[n].tolist()))
+            for n in range(first, last)
+        ]
+
     def require(self, *, vocab_size: int | None = None, tokenizer: str | None = None) -> None:
         """Checks that a model can read this store.
 
@@ -152,6 +180,7 @@ class MemoryStore:
     Args:
         examples: token ids of each, or several lists of them where an example has segments.
         loss_masks: of the same form; None where every token counts.
+        pictures: the images of each; None where there are none.
 
     Raises:
         ValueError: a mask does not fit its example.
@@ -161,6 +190,7 @@ class MemoryStore:
         self,
         examples: Sequence[Any],
         loss_masks: Sequence[Any] | None = None,
+        pictures: Sequence[Sequence[Picture]] | None = None,
     ) -> None:
         nested = [_is_nested(example) for example in examples]
         self._examples = [_joined(x) if n else x for x, n in zip(examples, nested, strict=True)]
@@ -171,6 +201,9 @@ class MemoryStore:
         self.lengths = np.array([len(example) for example in self._examples], np.int64)
         self.segments = np.array([len(ends) for ends in self._ends], np.int64)
         self.most_segments = int(self.segments.max(initial=0))
+        self._pictures = [()] * len(self) if pictures is None else list(map(tuple, pictures))
+        tiles = [sum(picture.tiles for picture in found) for found in self._pictures]
+        self.tiles = np.array(tiles, np.int64)
         self.has_mask = loss_masks is not None
         self._masks = None
         if loss_masks is not None:
@@ -209,6 +242,8 @@ class MemoryStore:
         digest.update(np.concatenate([np.zeros(0, np.int64), *self._ends]).tobytes())
         for mask in self._masks or ():
             digest.update(mask.tobytes())
+        for picture in itertools.chain(*self._pictures):
+            digest.update(picture.content)
         return {"content": digest.hexdigest()[:32]}
 
     def tokens(self, number: int, start: int, stop: int) -> np.ndarray:
@@ -222,6 +257,10 @@ class MemoryStore:
     def ends(self, number: int) -> np.ndarray:
         """See `Store.ends`."""
         return self._ends[number]
+
+    def pictures(self, number: int) -> list[Picture]:
+        """See `Store.pictures`."""
+        return list(self._pictures[number])
 
 
 class Subset:
@@ -245,6 +284,7 @@ class Subset:
             raise ValueError(f"{store!r} has no example {wrong}; it has {len(store)}")
         self.lengths = store.lengths[self._numbers]
         self.segments = store.segments[self._numbers]
+        self.tiles = store.tiles[self._numbers]
         self.most_segments = int(self.segments.max())
         self.has_mask = store.has_mask
 
@@ -275,6 +315,10 @@ class Subset:
     def ends(self, number: int) -> np.ndarray:
         """See `Store.ends`."""
         return self._store.ends(int(self._numbers[number]))
+
+    def pictures(self, number: int) -> list[Picture]:
+        """See `Store.pictures`."""
+        return self._store.pictures(int(self._numbers[number]))
 
 
 def _is_nested(example: Any) -> bool:

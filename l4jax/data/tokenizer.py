@@ -82,11 +82,12 @@ def _llama4_names() -> list[str]:
 
 _RANKS: dict[Family, int] = {"llama3": 128_000, "llama4": 200_000}
 SPECIAL_NAMES: dict[Family, list[str]] = {"llama3": _llama3_names(), "llama4": _llama4_names()}
-# Places, in the lists above, of the names that `train` adds: enough for text chats and tools.
+# Places, in the lists above, of the names that `train` adds: for text chats and tools, for images.
 _CHAT: dict[Family, tuple[int, ...]] = {
     "llama3": (0, 1, 4, 6, 7, 8, 9, 10),
     "llama4": (0, 1, 5, 6, 7, 8, 16, 17, 18),
 }
+_IMAGES = (80, 81, 84, 85, 90, 92)
 
 
 def _family_of(special: dict[str, int]) -> Family | None:
@@ -289,16 +290,19 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
     return _from_json_file(file) if file.suffix == ".json" else _from_rank_file(file)
 
 
-def train(texts: Iterable[str], *, vocab_size: int, family: Family = "llama4") -> Tokenizer:
+def train(
+    texts: Iterable[str], *, vocab_size: int, family: Family = "llama4", images: bool = False
+) -> Tokenizer:
     """Byte-level BPE learned from `texts`, with the chat tokens of a family after it.
 
     Equal texts give an equal tokenizer, in whatever order they come. A small corpus runs out of
-    pairs to merge, and `Tokenizer.vocab_size` is then below the `vocab_size` asked for.
+    pairs to merge: `Tokenizer.vocab_size` is then below what is asked for.
 
     Args:
         texts: Documents to learn from.
         vocab_size: Number of ids, 256 bytes and the special tokens included.
         family: Whose way to split text and whose special names to use.
+        images: Whether to add Llama 4's tokens for images.
 
     Raises:
         ValueError: If `vocab_size` has no room for bytes and special tokens, `family` is unknown,
@@ -308,7 +312,7 @@ def train(texts: Iterable[str], *, vocab_size: int, family: Family = "llama4") -
         raise ValueError(f"unknown family {family!r}; use one of {', '.join(get_args(Family))}")
     if isinstance(texts, str):
         raise ValueError(f"texts is one string ({texts[:20]!r}...); give a list of documents")
-    names = [SPECIAL_NAMES[family][place] for place in _CHAT[family]]
+    names = [SPECIAL_NAMES[family][x] for x in _CHAT[family] + (_IMAGES if images else ())]
     least = 256 + len(names)
     if vocab_size < least:
         raise ValueError(
@@ -326,8 +330,7 @@ def train(texts: Iterable[str], *, vocab_size: int, family: Family = "llama4") -
     )
     model.train_from_iterator((c for text in texts for c in _chunks(text)), trainer)
     model.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in names])
-    # transformers adds begin_of_text through this; `Tokenizer.encode` does not use it.
-    bos = names[0]
+    bos = names[0]  # transformers adds it through this; `Tokenizer.encode` does not use it
     model.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, model.token_to_id(bos))]
     )

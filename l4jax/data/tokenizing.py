@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any, Literal
 
@@ -27,6 +28,7 @@ from rich.console import Console
 
 from l4jax.data.chat import Rendered
 from l4jax.data.conversations import fingerprint
+from l4jax.data.images import Picture
 from l4jax.data.sources import OnError, Record, Report, Source
 from l4jax.data.store import FORMAT, MemoryStore, Store
 
@@ -44,6 +46,7 @@ def encoded(values: Iterable[Mapping[str, Any]], encode: Encode) -> MemoryStore:
     return MemoryStore(
         [[segment.tokens for segment in segments] for segments in examples],
         None if every else masks,
+        [[image for part in parts for image in part.images] for parts in examples],
     )
 
 
@@ -79,14 +82,8 @@ def tokenize(
     folder = pathlib.Path(folder)
     _check_arguments(folder, max_length, too_long, on_error)
     about = {
-        "format": FORMAT,
         "source": {"files": repr(source), "fingerprint": source.fingerprint()},
-        "tokenizer": fingerprint(encode.tokenizer),
-        "vocab_size": encode.tokenizer.vocab_size,
-        "encoder": encode.settings(),
-        "max_length": max_length,
-        "too_long": too_long,
-        "on_error": on_error,
+        **_way(encode, max_length, too_long, on_error),
     }
     if (ready := _ready(folder, about)) is not None:
         return ready
@@ -111,6 +108,31 @@ def tokenize(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Store(folder)
+
+
+def made(
+    folder: str | os.PathLike[str],
+    encode: Any,
+    *,
+    max_length: int | None,
+    too_long: TooLong,
+    on_error: OnError,
+) -> Store | None:
+    """The store in a folder if it was made this way, of whatever files; see `tokenize`."""
+    return _ready(pathlib.Path(folder), _way(encode, max_length, too_long, on_error))
+
+
+def _way(encode: Any, max_length: int | None, too_long: str, on_error: str) -> dict[str, Any]:
+    """How a store is made, for `meta.json`."""
+    return {
+        "format": FORMAT,
+        "tokenizer": fingerprint(encode.tokenizer),
+        "vocab_size": encode.tokenizer.vocab_size,
+        "encoder": encode.settings(),
+        "max_length": max_length,
+        "too_long": too_long,
+        "on_error": on_error,
+    }
 
 
 def _check_arguments(
@@ -196,6 +218,8 @@ _ENCODE: list[Encode] = []
 
 
 def _begin(encode: Encode) -> None:
+    # Ctrl-C is for the process that waits for this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _ENCODE.append(encode)
 
 
@@ -234,7 +258,7 @@ def _fitted(
     if too_long == "drop":
         report.too_long += 1
         return
-    (tokens, mask), *more = segments
+    (tokens, mask, _), *more = segments
     if more or not all(mask):
         raise ValueError(f"{where}: {reason}, but only documents can be split; leave it out")
     report.kept += 1
@@ -248,17 +272,25 @@ def _fitted(
 def _writing(folder: pathlib.Path) -> Iterator[_Writer]:
     """A writer of a new folder; it is finished once this has closed the large files."""
     folder.mkdir(parents=True)
-    with open(folder / "tokens.bin", "wb") as tokens, open(folder / "loss_mask.bin", "wb") as mask:
-        yield _Writer(folder, tokens, mask)
+    with contextlib.ExitStack() as stack:
+        names = ("tokens.bin", "loss_mask.bin", "images.bin")
+        yield _Writer(folder, *(stack.enter_context(open(folder / name, "wb")) for name in names))
 
 
 class _Writer:
     """Writes the files of a store, example after example."""
 
-    def __init__(self, folder: pathlib.Path, tokens: IO[bytes], mask: IO[bytes]) -> None:
-        self._folder, self._tokens, self._mask = folder, tokens, mask
+    def __init__(
+        self, folder: pathlib.Path, tokens: IO[bytes], mask: IO[bytes], images: IO[bytes]
+    ) -> None:
+        self._folder, self._tokens, self._mask, self._images = folder, tokens, mask, images
         self._digest = hashlib.sha256()
         self._offsets, self._firsts = array.array("q", [0]), array.array("q", [0])
+        self._pictures = {
+            "offsets": array.array("q", [0]),
+            "grids": array.array("q"),
+            "examples": array.array("q", [0]),
+        }
         self.tokens = self.learned = self.largest = self.longest = 0
 
     @property
@@ -280,24 +312,38 @@ class _Writer:
             self.learned += int(mask.sum())
             self.largest = max(self.largest, int(tokens.max()))
             self._offsets.append(self.tokens)
+            for picture in segment.images:
+                assert isinstance(picture, Picture)
+                self._images.write(picture.content)
+                self._digest.update(picture.content)
+                self._pictures["offsets"].append(self._images.tell())
+                self._pictures["grids"].extend(picture.grid)
+        self._pictures["examples"].append(len(self._pictures["offsets"]) - 1)
         self.longest = max(self.longest, self.tokens - before)
         self._firsts.append(len(self._offsets) - 1)
 
     def finish(self, about: dict[str, Any], report: Report) -> None:
         """Writes what only the end tells."""
-        for values in (self._offsets, self._firsts):
+        for values in (self._offsets, self._firsts, self._pictures["grids"]):
             self._digest.update(values.tobytes())
         np.save(self._folder / "offsets.npy", np.array(self._offsets, np.int64))
         if self.examples < len(self._offsets) - 1:
             np.save(self._folder / "examples.npy", np.array(self._firsts, np.int64))
         if self.learned == self.tokens:
             (self._folder / "loss_mask.bin").unlink()
+        grids = np.array(self._pictures["grids"], np.int64).reshape(-1, 2)
+        if len(grids):
+            offsets, firsts = (np.array(self._pictures[x]) for x in ("offsets", "examples"))
+            np.savez(self._folder / "images.npz", offsets=offsets, examples=firsts, grids=grids)
+        else:
+            (self._folder / "images.bin").unlink()
         meta = about | {
             "content": self._digest.hexdigest()[:32],
             "examples": self.examples,
             "segments": len(self._offsets) - 1,
             "tokens": self.tokens,
             "tokens_to_predict": self.learned,
+            "images": len(grids),
             "largest_token": self.largest,
             "longest_example": self.longest,
         }

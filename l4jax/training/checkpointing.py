@@ -249,12 +249,16 @@ def begin(path: epath.Path, arrays: Mapping[str, jax.Array]) -> Callable[[], Non
 def write(path: epath.Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
     partial = path.parent / f".{path.name}.partial"
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        with contextlib.suppress(OSError, AttributeError):  # a cloud store has none
-            os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            with contextlib.suppress(OSError, AttributeError):  # a cloud store has none
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def differences(then: Any, now: Any, *, free: frozenset[str], name: str = "") -> Iterator[str]:

@@ -31,8 +31,10 @@ from l4jax.training.signals import SAVE, STOP, Agreed, signals
 from l4jax.training.trainer import Batch, State, Training, spread
 
 FREE = frozenset(
-    ("out", "resume", "keep", "keep_best", "checkpoint_minutes", "profile_at", "tensorboard")
-) | frozenset(("wandb", "mesh", "workers"))
+    ("out", "resume", "export", "mesh", "workers", "keep", "keep_best", "checkpoint_every")
+) | frozenset(
+    ("checkpoint_minutes", "evaluate_every", "on_nonfinite", "profile_at", "tensorboard", "wandb")
+)
 """Names of configuration leaves, and of whole sections, that may change when a run is resumed."""
 PATIENCE = 100
 """Updates in a row that may be skipped before a run gives up."""

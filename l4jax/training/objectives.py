@@ -2,7 +2,8 @@
 
 A batch has `tokens` [b t], and may have `segment_ids` (from 1 in each row, 0 is padding) with
 `positions`, and a `loss_mask` of the tokens that are to be predicted; without it all are. The first
-token of a segment never is. No objective ever holds the logits of all its tokens.
+token of a segment never is. Images come as `tiles` [m c y x] and `places` [b t]; see
+`models.multimodal.Images`. No objective ever holds the logits of all its tokens.
 
 Letters: see `models.layers`; here s is segments in a row, and k what a teacher says of each token.
 """
@@ -24,6 +25,7 @@ from l4jax import sharding
 from l4jax.kernels import cross_entropy as kernel
 from l4jax.models.llama4 import Llama
 from l4jax.models.moe import Routing
+from l4jax.models.multimodal import Images
 from l4jax.training.rewards import RewardModel
 
 Batch = Mapping[str, Any]
@@ -51,17 +53,30 @@ def next_token(*, balance: float = 0.0, z_loss: float = 0.0) -> Objective:
     """
 
     def objective(model: Llama, batch: Batch) -> tuple[Float32[Array, ""], Metrics]:
-        hidden, routing = _hidden(model, batch)
-        labels, counted = targets(batch)
-        count = counted.sum()
-        weights = counted / jnp.maximum(count, 1).astype(jnp.float32)
-        loss, penalty = cross_entropy(model, hidden, labels, weights, z_loss)
-        metrics = {"loss": loss, "count": count}
-        if penalty is not None:
-            metrics |= {"loss": loss - penalty, "z_loss": penalty}
-        return _with_routing(loss, metrics, routing, balance)
+        found = hidden_states(model, batch)
+        return next_token_after(model, batch, *found, balance=balance, z_loss=z_loss)
 
     return objective
+
+
+def next_token_after(
+    model: Llama,
+    batch: Batch,
+    hidden: Float[Array, "b t d"],
+    routing: Routing | None,
+    *,
+    balance: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Float32[Array, ""], Metrics]:
+    """`next_token` of hidden states that are there already."""
+    labels, counted = targets(batch)
+    count = counted.sum()
+    weights = counted / jnp.maximum(count, 1).astype(jnp.float32)
+    loss, penalty = cross_entropy(model, hidden, labels, weights, z_loss)
+    metrics = {"loss": loss, "count": count}
+    if penalty is not None:
+        metrics |= {"loss": loss - penalty, "z_loss": penalty}
+    return _with_routing(loss, metrics, routing, balance)
 
 
 def targets(batch: Batch) -> tuple[Int[Array, "b t"], Bool[Array, "b t"]]:
@@ -203,7 +218,7 @@ def _segments(
     model: Llama, batch: Batch, segments: int | None = None
 ) -> tuple[Float32[Array, "b s"], Float32[Array, "b s"], Routing | None]:
     """Log-probabilities, tokens to predict, and routing."""
-    hidden, routing = _hidden(model, batch)
+    hidden, routing = hidden_states(model, batch)
     labels, counted = targets(batch)
     log_probs, _ = head_log_probs(model, hidden, labels)
     if segments is None:
@@ -266,7 +281,7 @@ def distill(
         raise ValueError(f"temperature {temperature} must be above 0")
 
     def objective(model: Llama, batch: Batch) -> tuple[Float32[Array, ""], Metrics]:
-        hidden, routing = _hidden(model, batch)
+        hidden, routing = hidden_states(model, batch)
         labels, counted = targets(batch)
         ids = jnp.concatenate([labels[..., None], batch["teacher_ids"]], axis=-1)
         log_probs, lse = head_log_probs(model, hidden, ids)
@@ -329,8 +344,8 @@ def ranking(*, balance: float = 0.0) -> Objective:
 
     Answers to one prompt are segments of one row: `groups` [b s] numbers each segment's group, from
     1 (0 is none), and of two `ranks` [b s] the larger is better. What both say of absent segments
-    does not count. Llama 3 (§4.1.2) has edited above
-    chosen above rejected, and no margin term; `count` is pairs.
+    does not count. Llama 3 (§4.1.2) has edited above chosen above rejected, and no margin term;
+    `count` is pairs.
     """
 
     def objective(model: RewardModel, batch: Batch) -> tuple[Float32[Array, ""], Metrics]:
@@ -363,9 +378,7 @@ def _segment_rewards(
     model: RewardModel, batch: Batch, segments: int
 ) -> tuple[Float32[Array, "b s"], Routing | None]:
     ids = jnp.asarray(batch["segment_ids"])
-    rewards, routing = model.rewards(
-        batch["tokens"], positions=batch.get("positions"), segment_ids=ids
-    )
+    rewards, routing = model.rewards(batch["tokens"], **inputs({**batch, "segment_ids": ids}))
     last = jnp.diff(ids, axis=1, append=-1) != 0
     return _sums(jnp.where(last, rewards, 0), ids, segments), routing
 
@@ -404,7 +417,13 @@ def top_log_probs(
     Raises:
         ValueError: the vocabulary has fewer tokens.
     """
-    hidden, _ = _hidden(model, batch)
+    return likeliest(model, hidden_states(model, batch)[0], k)
+
+
+def likeliest(
+    model: Llama, hidden: Float[Array, "b t d"], k: int
+) -> tuple[Int32[Array, "b t k"], Float32[Array, "b t k"]]:
+    """`top_log_probs` of hidden states that are there already."""
     return _by_head(model, lambda x, head: kernel.linear_top_log_probs(x, head, k), hidden)
 
 
@@ -430,10 +449,17 @@ def _by_head(model: Llama, f: Callable, hidden: Array, *arrays: Array, summed: b
     return run(state, hidden, *arrays)
 
 
-def _hidden(model: Llama, batch: Batch) -> tuple[Float[Array, "b t d"], Routing | None]:
-    return model.hidden(
-        batch["tokens"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids")
-    )
+def hidden_states(model: Llama, batch: Batch) -> tuple[Float[Array, "b t d"], Routing | None]:
+    """What the model makes of a batch's tokens and images, and what its routers did."""
+    return model.hidden(batch["tokens"], **inputs(batch))
+
+
+def inputs(batch: Batch) -> dict[str, Any]:
+    """What a model is told beside the tokens, for any of its methods."""
+    found = {name: batch.get(name) for name in ("positions", "segment_ids")}
+    if "tiles" in batch:
+        found["images"] = Images(batch["tiles"], batch["places"])
+    return found
 
 
 def _with_routing(

@@ -232,6 +232,21 @@ def with_rates(
     return optax.GradientTransformation(init, update)
 
 
+def apart(
+    optimizer: optax.GradientTransformation, parts: Sequence[str]
+) -> optax.GradientTransformation:
+    """`optimizer` for each part of the parameters, by first name, as if it were alone.
+
+    What it computes over all parameters, such as the norm that it clips, is then each part's own.
+    """
+
+    def part(name: str, _: Any) -> str:
+        # Optax also asks about a tree without names, to find out what a state is made of.
+        return name.partition(".")[0] or parts[0]
+
+    return optax.partition(dict.fromkeys(parts, optimizer), lambda params: _by_name(part, params))
+
+
 class Averaged(NamedTuple):
     """The state of `averaged`: the wrapped optimizer's, and the average, float32."""
 

@@ -41,9 +41,15 @@ class RewardModel(nnx.Module):
         *,
         positions: Int[Array, "b t"] | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
+        **images: Any,
     ) -> tuple[Float32[Array, "b t"], Routing | None]:
-        """The reward after each token, in float32, and what the routers did; see `Llama`."""
-        hidden, routing = self.backbone.hidden(tokens, positions=positions, segment_ids=segment_ids)
+        """The reward after each token, in float32, and what the routers did.
+
+        Arguments as for the backbone: `images`, too, if it reads them.
+        """
+        hidden, routing = self.backbone.hidden(
+            tokens, positions=positions, segment_ids=segment_ids, **images
+        )
         normal: Any = self.backbone.norm(hidden)
         head = self.head[...].astype(normal.dtype)
         return jnp.einsum("btd,d->bt", normal, head, preferred_element_type=jnp.float32), routing

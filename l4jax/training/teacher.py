@@ -33,8 +33,10 @@ from l4jax.training import objectives
 
 Batch = Mapping[str, Any]
 
-READ = ("tokens", "segment_ids", "positions", "loss_mask")
-"""What of a batch a frozen model may look at, and a cache finds rows by."""
+ROWS = ("tokens", "segment_ids", "positions", "loss_mask")
+"""What of a batch a cache finds rows by."""
+READ = (*ROWS, "tiles", "places")
+"""What of a batch a frozen model may look at."""
 
 
 class Frozen:
@@ -121,7 +123,7 @@ def save(
             found = {name: _whole(x) for name, x in frozen(batch).items()}
             if jax.process_index():
                 continue
-            added = {name: x for name, x in found.items() if name not in READ and name not in batch}
+            added = {name: x for name, x in found.items() if name not in batch}
             shapes = {name: [str(x.dtype), *x.shape[1:]] for name, x in added.items()}
             if not about:
                 about = shapes
@@ -206,7 +208,9 @@ class Cache:
 
 def _keys(batch: Batch) -> list[bytes]:
     """A hash of each row of what a frozen model looks at."""
-    arrays = [(name, np.asarray(batch[name])) for name in READ if name in batch]
+    if "tiles" in batch:
+        raise ValueError("rows with images cannot be cached: their tokens do not tell them apart")
+    arrays = [(name, np.asarray(batch[name])) for name in ROWS if name in batch]
     keys = []
     for row in range(len(batch["tokens"])):
         digest = xxhash.xxh3_128()

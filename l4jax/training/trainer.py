@@ -179,8 +179,8 @@ class Update:
             raise ValueError(f"accumulate {self._pieces} does not divide the batch's {rows} rows")
 
         def cut(x: jax.Array) -> jax.Array:
-            """Every piece takes its rows from all shards alike."""
-            return jnp.moveaxis(x.reshape(rows // self._pieces, self._pieces, *x.shape[1:]), 1, 0)
+            """Every piece takes its rows, and its tiles, from all shards alike."""
+            return jnp.moveaxis(x.reshape(-1, self._pieces, *x.shape[1:]), 1, 0)
 
         def piece(total: Any, batch: Batch) -> tuple[Any, None]:
             found = gradient(params, {**whole, **batch})
@@ -190,7 +190,7 @@ class Update:
             )
             return jax.tree.map(jnp.add, total, new), None
 
-        whole = {name: x for name, x in batch.items() if not _has_rows(x, rows)}
+        whole = {n: x for n, x in batch.items() if n not in TILES and not _has_rows(x, rows)}
         pieces = {name: cut(x) for name, x in batch.items() if name not in whole}
         first = {**whole, **jax.tree.map(lambda x: x[0], pieces)}
         zeros = jax.tree.map(
@@ -308,8 +308,9 @@ class Training:
 def spread(batch: Batch) -> Batch:
     """A batch on the mesh, each row where its tokens will be computed.
 
-    Arrays [b t …] are laid out by rows and tokens, others of b rows by rows; scalars and what has
-    no rows are whole everywhere. b and t are those of `tokens`, or of the first array without it.
+    Arrays [b t …] are laid out by rows and tokens, others of b rows by rows, tiles of images like
+    rows; scalars and what has no rows are whole everywhere. b and t are those of `tokens`, or of
+    the first array without it.
     Of several processes each hands in its own rows only (`distributed.local_rows`).
 
     Raises:
@@ -318,22 +319,22 @@ def spread(batch: Batch) -> Batch:
     if jax.sharding.get_mesh().empty:
         return batch
     rows, length = _size(batch)
-    total = rows * _parts_of_rows(batch)
-    token = batch_sharding(total, length) if rows else None
+    parts = _parts_of_rows(batch)
+    token = batch_sharding(rows * parts, length) if rows else None
 
-    def put(x: Any) -> Any:
+    def put(name: str, x: Any) -> Any:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return x
         shape, place = np.shape(x), NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
-        if token is not None and _has_rows(x, rows):
-            tokens = len(shape) > 1 and shape[1] == length
+        if token is not None and (name in TILES or _has_rows(x, rows)):
+            tokens = name not in TILES and len(shape) > 1 and shape[1] == length
             place = token if tokens else NamedSharding(token.mesh, PartitionSpec(*token.spec[:1]))
-            shape = (total, *shape[1:])
+            shape = (shape[0] * parts, *shape[1:])
         if jax.process_count() == 1:
             return jax.device_put(x, place)
         return jax.make_array_from_process_local_data(place, np.asarray(x), shape)
 
-    return {name: put(x) for name, x in batch.items()}
+    return {name: put(name, x) for name, x in batch.items()}
 
 
 def batch_sharding(rows: int, length: int) -> NamedSharding:
@@ -353,6 +354,10 @@ def batch_sharding(rows: int, length: int) -> NamedSharding:
             parts = " · ".join(f"{axis}={mesh.shape[axis]}" for axis in wanted)
             raise ValueError(f"{parts} does not divide the {n} {name} of a training batch")
     return NamedSharding(mesh, PartitionSpec(batch or None, *context))
+
+
+TILES = ("tiles",)
+"""Arrays of a batch that are of images, not of rows."""
 
 
 def _size(batch: Batch) -> tuple[int, int]:
