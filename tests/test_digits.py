@@ -1,0 +1,69 @@
+"""The recipe of digits shows what it says, and holds out what it says it holds out."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from toy_recipes import call, lines
+
+from experiments import digits, leaves
+from experiments.digits import KINDS, TILE, Digits
+from l4jax import checkpoints
+
+
+def test_a_run_leaves_answers_and_a_model_that_sees(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    argv = (
+        "--questions=40",
+        "--held-out=9",
+        "--steps=3",
+        "--batch=4",
+        "--evaluate-every=2",
+        "--warmup=1",
+    )
+    assert call(digits, Digits(), monkeypatch, "--out", out, *argv) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["questions"] == 9
+    assert report["right"].keys() == KINDS.keys()
+    assert all(0 <= share <= 1 for share in report["right"].values())
+    assert Image.open(out / "answers.png").width > 1000
+    assert "eval_right" in lines(out)[-1]
+    one, other = (checkpoints.load(out / name) for name in ("model", "export"))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(one.vision), nnx.state(other.vision))
+
+
+def test_answers_are_those_of_the_scans():
+    train, held_out = digits.questions(Digits(questions=30, held_out=10))
+    assert [x.kind for x in train[:4]] == [*KINDS, "one digit"]
+    for question in [*train, *(x for part in held_out.values() for x in part)]:
+        shapes = [image.shape for image in question.shown]
+        if question.kind == "one digit":
+            assert shapes == [(TILE, TILE)]
+            assert question.answer in set("0123456789")
+            continue
+        wide = question.kind == "two in a picture"
+        assert shapes == ([(TILE, 2 * TILE)] if wide else [(TILE, TILE)] * 2)
+        first, plus, second, equal, total = question.answer.split()
+        assert (plus, equal, int(total)) == ("+", "=", int(first) + int(second))
+    parts = digits.scans(0)
+    seen, unseen = ({scan.tobytes() for scan, _ in part} for part in parts)
+    assert (len(parts[0]), len(parts[1])) == (1437, 360)
+    assert not seen & unseen
+
+
+def test_it_takes_no_files():
+    with pytest.raises(ValueError, match="makes its own pictures; use sft with --images"):
+        Digits(files=leaves.Files(data=("a.jsonl",)))
+
+
+@pytest.mark.slow
+def test_it_learns_to_read_and_to_add(tmp_path, monkeypatch):
+    """About ten minutes on two cores."""
+    out = tmp_path / "out"
+    assert call(digits, Digits(), monkeypatch, "--out", out) == 0
+    right = json.loads((out / "report.json").read_text())["right"]
+    assert min(right.values()) > 0.9
+    assert sum(right.values()) / 3 > 0.95
