@@ -288,7 +288,9 @@ def drawn(
             row = [x for image in question.shown for x in (image, gap)][:-1]
             axes.imshow(np.concatenate(row, axis=1), cmap="gray")
             colour = "black" if answer == question.answer else "firebrick"
-            axes.set_title(answer, size=9, color=colour)
+            # A model that has learned little may say anything.
+            shown_as = "".join(c if c.isprintable() and c.isascii() else "·" for c in answer)
+            axes.set_title(shown_as.replace("$", "·"), size=9, color=colour)
             axes.axis("off")
     return figure
 
