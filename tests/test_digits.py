@@ -29,7 +29,8 @@ def test_a_run_leaves_answers_and_a_model_that_sees(tmp_path, monkeypatch):
     assert report["questions"] == 9
     assert report["right"].keys() == KINDS.keys()
     assert all(0 <= share <= 1 for share in report["right"].values())
-    assert Image.open(out / "answers.png").width > 1000
+    with Image.open(out / "answers.png") as drawn:
+        assert drawn.width > 1000
     assert "eval_right" in lines(out)[-1]
     one, other = (checkpoints.load(out / name) for name in ("model", "export"))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(one.vision), nnx.state(other.vision))
