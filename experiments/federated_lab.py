@@ -1,0 +1,323 @@
+"""Data sets and runs of `federated_vision` and of the benchmark of federated learning."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from l4jax.federated import (
+    algorithms,
+    clients,
+    files,
+    generated,
+    mapping,
+    metrics,
+    networks,
+    simulation,
+)
+from l4jax.federated.local import Local
+from l4jax.training import checkpointing, tracking
+
+Name = Literal["digits", "textures", "keywords", "mnist", "cifar10", "speech_commands"]
+Study = Literal["partitions", "divergence", "emd", "sharing"]
+CONSOLE = Console(stderr=True)
+MOST_SHARED = 0.2
+"""Largest β that federations have room for."""
+
+
+class Values(NamedTuple):
+    """What a set is trained with unless the command line says otherwise."""
+
+    batch: int
+    rate: float
+    decay: float
+
+
+VALUES: dict[str, Values] = {
+    "digits": Values(10, 0.1, 0.995),
+    "textures": Values(10, 0.05, 0.992),
+    "keywords": Values(10, 0.05, 0.992),
+    "mnist": Values(10, 0.01, 0.995),
+    "cifar10": Values(10, 0.1, 0.992),
+    "speech_commands": Values(10, 0.05, 0.992),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Leaves of the command line."""
+
+    set: Name = "digits"
+    data: str | None = None
+    """Folder or .npz file of a set that is not made here."""
+    out: pathlib.Path = pathlib.Path("runs/federated_vision")
+    resume: bool = False
+    """Keep the runs that `out` has, go on with the one that was cut, and make the others."""
+    studies: tuple[Study, ...] = ("partitions", "divergence", "emd", "sharing")
+    seeds: tuple[int, ...] = (0,)
+    """Of partitions, initial weights and clients' batches."""
+    draws: int = 3
+    """Partitions of each EMD."""
+    clients: int = 10
+    rounds: int = 30
+    epochs: int = 1
+    """Passes of a client over its data in a round."""
+    batch: int | None = None
+    rate: float | None = None
+    decay: float | None = None
+    """By which the learning rate is multiplied after each round; these three by the set's own."""
+    network: Literal["small", "dense", "paper"] = "small"
+    """Two small convolutions; dense layers alone; or a candidate for the paper's."""
+    evaluate_every: int = 5
+    checkpoint_every: int | None = None
+    """Rounds between checkpoints of a run; by default a run that was cut begins anew."""
+
+    def __post_init__(self) -> None:
+        for name in ("draws", "clients", "rounds", "epochs", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if not self.seeds or not self.studies:
+            raise ValueError("seeds and studies must each be at least one")
+        if (self.data is None) == (self.set in ("mnist", "cifar10", "speech_commands")):
+            raise ValueError(f"set {self.set}: --data is for mnist, cifar10 and speech_commands")
+        if self.network == "paper" and self.set not in networks.PAPER:
+            raise ValueError(f"network paper: there is none for {self.set}")
+
+    @property
+    def values(self) -> Values:
+        """Batch, learning rate and decay, as they are used."""
+        own = VALUES[self.set]
+        given = (self.batch, self.rate, self.decay)
+        return Values(*(a if b is None else b for a, b in zip(own, given, strict=True)))
+
+
+class Examples(NamedTuple):
+    """A data set, and rows of it.
+
+    x: Float32[n h w c]. y: Int32[n]. train: to be split among clients. own: of these, for clients
+    that share the others, `spare`. test: to measure on.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    train: np.ndarray
+    own: np.ndarray
+    spare: np.ndarray
+    test: np.ndarray
+
+
+def examples(settings: Settings) -> Examples:
+    """The data set of a run."""
+    if settings.set == "digits":
+        return digits()
+    if settings.set in ("textures", "keywords"):
+        make = generated.textures if settings.set == "textures" else generated.keywords
+        train, test = make(250, seed=0), make(100, seed=1)
+        place = np.tile(np.arange(250), generated.CLASSES)
+        own, spare = np.flatnonzero(place < 200), np.flatnonzero(place >= 200)
+        arrays = [np.concatenate([train[name], test[name]]) for name in ("x", "y")]
+        return Examples(*arrays, own, own, spare, len(place) + np.arange(len(test["y"])))
+    assert settings.data is not None
+    found = files.read(settings.data, settings.set)
+    count = len(found.y_train)
+    mixed = np.random.default_rng(0).permutation(count)
+    own, spare = _by_class(found.y_train, mixed, 0.8)
+    return Examples(
+        np.concatenate([found.x_train, found.x_test]),
+        np.concatenate([found.y_train, found.y_test]),
+        np.arange(count),
+        own,
+        spare,
+        count + np.arange(len(found.y_test)),
+    )
+
+
+def digits() -> Examples:
+    """scikit-learn's handwritten digits, 140 of each for training, 40 of those to be shared."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("digits need scikit-learn: pip install 'l4jax[federated]'") from None
+    x, y = load_digits(return_X_y=True)
+    rows = np.random.default_rng(0).permutation(len(y))
+    by_class = [rows[y[rows] == label] for label in range(10)]
+    train, own, spare, test = (
+        np.concatenate([group[a:b] for group in by_class])
+        for a, b in ((0, 140), (0, 100), (100, 140), (140, None))
+    )
+    x = (x / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    return Examples(x, y.astype(np.int32), train, own, spare, test)
+
+
+def _by_class(y: np.ndarray, rows: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in two parts, each with the same share of every class."""
+    groups = [rows[y[rows] == label] for label in np.unique(y)]
+    cuts = [round(share * len(group)) for group in groups]
+    first = [group[:cut] for group, cut in zip(groups, cuts, strict=True)]
+    rest = [group[cut:] for group, cut in zip(groups, cuts, strict=True)]
+    return np.concatenate(first), np.concatenate(rest)
+
+
+# --- Runs ----------------------------------------------------------------------------------------
+class Lab:
+    """Makes runs on one data set and network; what is alike is compiled once."""
+
+    def __init__(self, settings: Settings, found: Examples | None = None) -> None:
+        self.settings, self.examples = settings, found or examples(settings)
+        y = self.examples.y
+        self.pool = {"x": jnp.asarray(self.examples.x), "y": jnp.asarray(y)}
+        shape = self.examples.x.shape[1:]
+        classes = len(np.unique(y))
+        sizes = {"convolutions": ()} if settings.network == "dense" else {}
+        self.network = networks.Network(shape=shape, classes=classes, **sizes)
+        if settings.network == "paper":
+            self.network = dataclasses.replace(networks.PAPER[settings.set], shape=shape)
+        _, self.apply = networks.functional(self._module(0))
+        self.loss = networks.classification(self.apply)
+        test = self.examples.test
+        self.accuracy = networks.accuracy(self.apply, self.examples.x[test], y[test])
+        # Room for the largest shared set, so that every federation has the same shape.
+        most = round(len(self.examples.own) * MOST_SHARED)
+        self.width = -(-len(self.examples.train) // settings.clients) + most
+        self._algorithms: dict[tuple, algorithms.Algorithm] = {}
+
+    def params(self, seed: int) -> Any:
+        """Initial weights."""
+        return networks.functional(self._module(seed))[0]
+
+    def federation(self, parts: Sequence[np.ndarray]) -> clients.Data:
+        """Clients with these rows."""
+        width = max(self.width, *map(len, parts)) if len(parts) > 1 else None
+        return clients.gather(self.pool, parts, width=width)
+
+    def algorithm(self, *, scale: int = 1) -> algorithms.Algorithm:
+        """FedAvg with `scale` times the batch."""
+        values = self.settings.values
+        return self._fedavg(
+            rate=lambda number: values.rate * values.decay**number,
+            batch=scale * values.batch,
+            epochs=self.settings.epochs,
+        )
+
+    def curve(  # noqa: PLR0913 - what is trained, on what, from where, how long
+        self,
+        name: str,
+        parts: Sequence[np.ndarray],
+        *,
+        seed: int,
+        algorithm: algorithms.Algorithm | None = None,
+        start: Any = None,
+        rounds: int | None = None,
+    ) -> dict[int, float]:
+        """Accuracy by round of a run; one that is in `out` already is read."""
+        settings = self.settings
+        rounds = rounds or settings.rounds
+        folder = settings.out / "runs" / name
+        file = folder / "metrics.jsonl"
+        if not _done(file, rounds):
+            self._train(folder, parts, seed, algorithm or self.algorithm(), start, rounds)
+        lines = tracking.read(file)
+        found = {line["step"] + 1: line["accuracy"] for line in lines if "accuracy" in line}
+        CONSOLE.print(f"{name:32} {list(found.values())[-1]:.3f}", highlight=False)
+        return found
+
+    def _train(  # noqa: PLR0913 - as above
+        self,
+        folder: pathlib.Path,
+        parts: Sequence[np.ndarray],
+        seed: int,
+        algorithm: algorithms.Algorithm,
+        start: Any,
+        rounds: int,
+    ) -> None:
+        settings = self.settings
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = None
+        if settings.checkpoint_every is not None:
+            saved = checkpointing.Checkpoints(folder / "checkpoints", keep=1)
+        begun = (saved.latest() if saved else None) or 0
+        lines = tracking.Lines(folder / "metrics.jsonl", below=begun)
+        trackers: list[Any] = [_Written(lines)]
+        if CONSOLE.is_terminal:
+            trackers.append(tracking.Bar(CONSOLE, rounds, begun))
+        try:
+            simulation.run(
+                algorithm,
+                self.params(seed) if start is None else start,
+                self.federation(parts),
+                settings=simulation.Settings(
+                    rounds=rounds,
+                    seed=seed,
+                    evaluate_every=min(settings.evaluate_every, rounds),
+                    checkpoint_every=settings.checkpoint_every or rounds,
+                ),
+                evaluate=self.accuracy,
+                checkpoints=saved,
+                trackers=trackers,
+            )
+        finally:
+            for tracker in trackers:
+                tracker.close()
+            if saved:
+                saved.close()
+
+    def centrally(self, rows: np.ndarray, *, seed: int, epochs: int) -> tuple[Any, float]:
+        """Weights and accuracy after training on some rows in one place, at a constant rate."""
+        values = self.settings.values
+        result = simulation.run(
+            self._fedavg(rate=values.rate, batch=values.batch, epochs=1),
+            self.params(seed),
+            self.federation([rows]),
+            settings=simulation.Settings(rounds=epochs, seed=seed, checkpoint_every=epochs),
+        )
+        return result.state.params, self.accuracy(result.state.params)["accuracy"]
+
+    def divergence(self, parts: Sequence[np.ndarray], *, seed: int) -> metrics.Divergence:
+        """After as many full-batch steps as a round has, from the same weights; no noise in it."""
+        values = self.settings.values
+        steps = -(-len(parts[0]) // values.batch)
+        algorithm, found = self._fedavg(rate=values.rate, batch=None, epochs=steps), []
+        for split in (parts, [np.concatenate(parts)]):
+            settings = simulation.Settings(rounds=1, checkpoint_every=1)
+            data = clients.gather(self.pool, split)
+            run = simulation.run(algorithm, self.params(seed), data, settings=settings)
+            found.append(jax.device_get(run.state.params))
+        return metrics.weight_divergence(*found)
+
+    def _fedavg(self, **values: Any) -> algorithms.Algorithm:
+        """One for each set of values: what is alike is compiled once."""
+        key = tuple((name, None if callable(x) else x) for name, x in values.items())
+        if key not in self._algorithms:
+            block = mapping.block_size(self.params(0), batched=not self.network.convolutions)
+            self._algorithms[key] = algorithms.fedavg(
+                Local(loss=self.loss, **values), options=algorithms.Options(block=block)
+            )
+        return self._algorithms[key]
+
+    def _module(self, seed: int) -> networks.Classifier:
+        return networks.Classifier(self.network, rngs=nnx.Rngs(seed))
+
+
+class _Written:
+    """Lines, as a tracker."""
+
+    def __init__(self, lines: tracking.Lines) -> None:
+        self._lines = lines
+        self.close = lines.close
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Writes a line."""
+        self._lines.write(line)
+
+
+def _done(file: pathlib.Path, rounds: int) -> bool:
+    lines = tracking.read(file)
+    return bool(lines) and lines[-1]["step"] + 1 == rounds

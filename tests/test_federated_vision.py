@@ -1,0 +1,234 @@
+"""The recipe end to end on a small set; sets that a user has, read from made-up files."""
+
+import gzip
+import json
+import pickle
+import shutil
+import sys
+import wave
+
+import numpy as np
+import pytest
+
+from experiments import federated_lab as lab
+from experiments import federated_vision as recipe
+from l4jax.federated import files
+from l4jax.training import tracking
+
+RNG = np.random.default_rng(0)
+
+
+def arrays(count=20, side=6):
+    """Ten classes of images that differ in one pixel, as bytes."""
+
+    def half(seed, each):
+        rng = np.random.default_rng(seed)
+        y = np.repeat(np.arange(10), each)
+        x = rng.integers(0, 60, (len(y), side, side))
+        x[np.arange(len(y)), y // side, y % side] = 255
+        return x.astype(np.uint8), y
+
+    (x, y), (x_test, y_test) = half(0, count), half(1, 3)
+    return {"x_train": x, "y_train": y, "x_test": x_test, "y_test": y_test}
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["federated_vision", *map(str, arguments)])
+    monkeypatch.setattr(recipe.distributed, "initialize", lambda: None)
+    return recipe.main()
+
+
+# --- The recipe ----------------------------------------------------------------------------------
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Arguments of a run of a few seconds."""
+    monkeypatch.setattr(recipe, "LEVELS", (1.0, 0.0))
+    monkeypatch.setattr(recipe, "BETAS", (0.1, 0.2))
+    monkeypatch.setattr(recipe, "WARM_BETAS", (0.1,))
+    monkeypatch.setattr(recipe, "ALPHAS", (1.0,))
+    monkeypatch.setattr(recipe, "WARM", 3)
+    np.savez(tmp_path / "own.npz", **arrays())
+    return [
+        *("--set", "mnist", "--data", tmp_path / "own.npz", "--out", tmp_path / "run"),
+        *("--network", "dense", "--rounds", 4, "--evaluate-every", 2, "--draws", 1),
+        *("--checkpoint-every", 2, "--rate", 0.1),
+    ]
+
+
+def test_a_run_leaves_figures_numbers_and_can_be_resumed(tmp_path, monkeypatch, capsys, small):
+    out = tmp_path / "run"
+    assert call(monkeypatch, *small) == 0
+    figures = {file.name for file in out.glob("*.png")}
+    drawn = {"accuracy", "divergence", "emd", "beta", "alpha", "clients_iid"}
+    assert {f"{name}.png" for name in drawn} <= figures
+    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in figures)
+    report = json.loads((out / "report.json").read_text())
+    table = (out / "results.md").read_text()
+    assert "python -m experiments.federated_vision --set mnist" in table
+    assert "seeds 0" in table
+    for name in ("IID", "1 class each"):
+        value = report["partitions"]["last"][name][0]
+        assert f"| accuracy, {name} | {value:.3f} |" in table
+        assert f"| divergence, {name} |" in table
+    assert [float(x) for x in report["emd"]["divergence"]] == pytest.approx([0.0, 1.8], abs=0.06)
+    assert report["divergence"]["total"]["1 class each"][0] > (
+        3 * report["divergence"]["total"]["IID"][0]
+    )
+    assert float(report["sharing"]["emd"]["0.1"]) == pytest.approx(0.9, abs=0.1)
+
+    # Again: refused as it is; with --resume it makes what is missing, and that alone.
+    assert call(monkeypatch, *small) == 1
+    assert "holds a run; add --resume" in capsys.readouterr().err
+    assert call(monkeypatch, *small, "--resume", "--seeds", 1) == 1
+    assert "holds another run: seeds" in capsys.readouterr().err
+    victim = out / "runs" / "1_class_each-0"
+    whole = tracking.read(victim / "metrics.jsonl")
+    kept = {file: file.stat().st_mtime_ns for file in out.glob("runs/*/metrics.jsonl")}
+    lines = (victim / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (victim / "metrics.jsonl").write_text("".join(lines[:3]))
+    shutil.rmtree(victim / "checkpoints" / "4")
+    assert call(monkeypatch, *small, "--resume") == 0
+    touched = [f for f, at in kept.items() if f.stat().st_mtime_ns != at]
+    assert touched == [victim / "metrics.jsonl"]
+    again = tracking.read(victim / "metrics.jsonl")
+    assert [{**x, "seconds": 0} for x in again] == [{**x, "seconds": 0} for x in whole]
+    assert json.loads((out / "report.json").read_text()) == report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rounds", "0"), "rounds 0 must be at least 1"),
+        (("--set", "mnist"), "--data is for mnist"),
+        (("--data", "x"), "--data is for mnist"),
+        (("--network", "paper"), "network paper: there is none for digits"),
+    ],
+)
+def test_usage_errors(arguments, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, *arguments)
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_digits_are_split_and_generated_sets_are_labelled():
+    pytest.importorskip("sklearn", reason="needs scikit-learn: pip install l4jax[federated]")
+    found = lab.digits()
+    assert np.bincount(found.y[found.train]).tolist() == [140] * 10
+    assert np.bincount(found.y[found.own]).tolist() == [100] * 10
+    rows = np.concatenate([found.own, found.spare, found.test])
+    assert sorted(rows) == list(range(1797))
+    assert set(found.train) == {*found.own, *found.spare}
+
+
+@pytest.mark.slow
+def test_textures_lose_as_much_as_natural_images_do_and_sharing_wins_much_back(tmp_path):
+    """60 rounds, a seed: IID above .78, 1 class each 40 to 60 points less, 5 % shared 22 more."""
+    made = lab.Lab(
+        lab.Settings(set="textures", out=tmp_path, rounds=60, studies=("partitions",), seeds=(0,))
+    )
+    splits = recipe.splits(made, 0, made.examples.train)
+    late = {}
+    for name in ("IID", "1 class each"):
+        late[name] = recipe.last(made.curve(name[:1], splits[name], seed=0))
+    shared = recipe.sharing.draw(made.examples.y, made.examples.spare, size=100, seed=0)
+    after, _ = recipe.sharing.share(
+        splits["1 class each"], shared, labels=made.examples.y, alpha=1.0, seed=0
+    )
+    late["shared"] = recipe.last(made.curve("shared", after, seed=0))
+    assert late["IID"] > 0.78
+    assert 0.40 < late["IID"] - late["1 class each"] < 0.60
+    assert late["shared"] - late["1 class each"] > 0.22
+
+
+# --- Files ---------------------------------------------------------------------------------------
+def idx(array):
+    return b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">i4").tobytes() + bytes(array)
+
+
+def test_mnists_files_are_read_packed_or_not(tmp_path):
+    given = arrays()
+    for kind, name in (("train", "train"), ("test", "t10k")):
+        images, labels = given[f"x_{kind}"], given[f"y_{kind}"].astype(np.uint8)
+        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(idx(images))
+        (tmp_path / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    found = files.read(str(tmp_path), "mnist")
+    np.testing.assert_allclose(found.x_test[..., 0], given["x_test"] / 255, atol=1e-7)
+    assert found.y_train.tolist() == given["y_train"].tolist()
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx(given["x_test"])[:-1])
+    with pytest.raises(ValueError, match="t10k-images-idx3-ubyte: is no IDX file"):
+        files.read(str(tmp_path), "mnist")
+    (tmp_path / "t10k-images-idx3-ubyte").unlink()
+    with pytest.raises(ValueError, match="has no t10k-images-idx3-ubyte"):
+        files.read(str(tmp_path), "mnist")
+
+
+def test_cifars_binary_files_are_read_and_pickles_are_not(tmp_path):
+    (tmp_path / "test_batch").write_bytes(pickle.dumps({}))
+    with pytest.raises(ValueError, match="pickled version"):
+        files.read(str(tmp_path), "cifar10")
+    images = RNG.integers(0, 256, (12, 3, 32, 32)).astype(np.uint8)
+    for n in range(6):
+        name = f"data_batch_{n + 1}.bin" if n < 5 else "test_batch.bin"
+        both = images[2 * n : 2 * n + 2]
+        records = [bytes([2 * n + i % 2]) + bytes(x) for i, x in enumerate(both)]
+        (tmp_path / name).write_bytes(b"".join(records))
+    found = files.read(str(tmp_path), "cifar10")
+    assert found.y_train.tolist() == list(range(10))
+    assert found.y_test.tolist() == [10, 11]
+    assert found.x_train[3, 5, 7, 2] == pytest.approx(images[3, 2, 5, 7] / 255)
+    (tmp_path / "data_batch_2.bin").write_bytes(b"123")
+    with pytest.raises(ValueError, match="data_batch_2.bin: is not made of records of 3,073"):
+        files.read(str(tmp_path), "cifar10")
+
+
+def test_arrays_of_ones_own_are_read_but_never_unpickled(tmp_path):
+    file = tmp_path / "own.npz"
+    given = arrays()
+    np.savez(file, **{name: x for name, x in given.items() if name != "y_test"})
+    with pytest.raises(ValueError, match="needs plain arrays x_train, y_train, x_test, y_test"):
+        files.read(str(file), "mnist")
+    np.savez(file, **given | {"y_test": np.array([{}], object)})
+    with pytest.raises(ValueError, match="plain arrays"):
+        files.read(str(file), "mnist")
+    np.savez(file, **given | {"x_test": np.zeros(3)})
+    with pytest.raises(ValueError, match="must be"):
+        files.read(str(file), "mnist")
+    with pytest.raises(ValueError, match="give a folder with the files of mnist"):
+        files.read(str(tmp_path / "nowhere"), "mnist")
+
+
+def test_spoken_words_become_coefficients(tmp_path):
+    def write(name, samples, hertz=16_000):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with wave.open(str(tmp_path / name), "wb") as sound:
+            sound.setnchannels(1)
+            sound.setsampwidth(2)
+            sound.setframerate(hertz)
+            sound.writeframes((samples * 2**14).astype("<i2").tobytes())
+
+    time = np.arange(16_000) / 16_000
+    for number, word in enumerate(files.WORDS):
+        for take in range(3):
+            tone = np.sin(2 * np.pi * (200 + 300 * number + 5 * take) * time)
+            write(f"{word}/{take}.wav", tone if take < 2 else tone[:9000])
+    (tmp_path / "testing_list.txt").write_text("yes/1.wav\ngo/2.wav\n")
+    (tmp_path / "validation_list.txt").write_text("no/0.wav\n")
+    found = files.read(str(tmp_path), "speech_commands")
+    assert found.x_train.shape == (27, 50, 10, 1)
+    assert found.y_test.tolist() == [0, 9]
+    np.testing.assert_allclose(found.x_train.mean((0, 1)), 0, atol=1e-4)
+    # A test file is like the same word's training files, and unlike others.
+    distance = ((found.x_train - found.x_test[0]) ** 2).sum((1, 2, 3))
+    assert found.y_train[distance.argmin()] == 0
+    # A tone between two bands' centres: the energies behind the coefficients are largest there.
+    spectrum = np.abs(np.fft.rfft(np.hanning(480) * np.sin(2 * np.pi * 1000 * time[:480]), 512))
+    energies = spectrum**2 @ files._bands()
+    centres = 700 * (10 ** (np.linspace(*np.log10(1 + np.array([20, 4000]) / 700), 42)[1:-1]) - 1)
+    assert abs(centres[energies.argmax()] - 1000) < 80
+    write("yes/0.wav", time, hertz=8000)
+    with pytest.raises(ValueError, match="must have 16,000 samples a second"):
+        files.read(str(tmp_path), "speech_commands")
+    (tmp_path / "testing_list.txt").unlink()
+    with pytest.raises(ValueError, match="has no testing_list.txt"):
+        files.read(str(tmp_path), "speech_commands")
