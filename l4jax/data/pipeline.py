@@ -217,7 +217,7 @@ class Batches(grain.IterDataset):
         return Batches(self._mixture, dataclasses.replace(self.settings, images=images))
 
     def __iter__(self) -> BatchIterator:
-        if self.settings.images is None and any(x.tiles.any() for x in self._mixture.stores):
+        if self.settings.images is None and any(map(_has_images, self._mixture.stores)):
             raise ValueError("the examples have images: say how they become tiles (with_images)")
         return BatchIterator(self)
 
@@ -355,6 +355,11 @@ class Batches(grain.IterDataset):
         counts = np.array([len(x) for x in ends], np.int64)
         lengths = [np.diff(x, prepend=0) for x in ends]
         return counts, np.concatenate([np.zeros(0, np.int64), *lengths])
+
+
+def _has_images(store: Any) -> bool:
+    """Stores of texts may leave out how many tiles their examples have."""
+    return bool(np.any(getattr(store, "tiles", 0)))
 
 
 def _tiles(picture: pictures.Picture, settings: pictures.Settings) -> np.ndarray:
