@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import signal
 from typing import NamedTuple
 
 import chex
@@ -18,6 +19,9 @@ if "L4JAX_TEST_PLATFORMS" not in os.environ:
     chex.set_n_cpu_devices(8)
     # Tests compile more than they compute.
     jax.config.update("jax_disable_most_optimizations", True)
+
+# A suite that runs in the background inherits that Ctrl-C is ignored; tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FAMILIES = (
     "llama4-scout",
