@@ -108,7 +108,7 @@ def run(settings: Distill) -> loop.Result:
     train, held_out = examples.mixtures(
         settings,
         conversations.Documents(tokenizer),
-        examples.library,
+        examples.standard_library,
         "Tokenizing the standard library",
     )
     config = student_config(settings)

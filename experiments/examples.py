@@ -93,7 +93,7 @@ def mixtures(
     return Mixture(sides[:1]), Mixture(sides[1:])
 
 
-def library() -> list[list[dict[str, str]]]:
+def standard_library() -> list[list[dict[str, str]]]:
     """The standard library's texts as records, to train on and held out."""
     return [[{"text": text} for text in side] for side in corpus.standard_library()]
 

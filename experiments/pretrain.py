@@ -85,7 +85,7 @@ def run(settings: Pretrain) -> loop.Result:
     train, held_out = examples.mixtures(
         settings,
         conversations.Documents(tokenizer, **examples.reading(settings, images)),
-        examples.library,
+        examples.standard_library,
         "Tokenizing the standard library",
     )
     if settings.checkpoint:
