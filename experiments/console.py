@@ -1,14 +1,41 @@
-"""What recipes say to whoever runs them."""
+"""What scripts read from and say to whoever runs them."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
+import tyro
 from rich.console import Console
 
+from l4jax import distributed
+
 CONSOLE = Console(stderr=True)
+S = TypeVar("S")
+
+
+def main(kind: type[S], run: Callable[[S], Any], about: str | None, name: str) -> int:
+    """Reads the command line of what is no recipe and runs it; errors are one line.
+
+    Args:
+        kind: dataclass of its leaves.
+        run: does it.
+        about: the script's docstring.
+        name: what errors begin with.
+    """
+    status = 2
+    try:
+        settings = tyro.cli(kind, description=about)
+        status = 1
+        distributed.initialize()
+        run(settings)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return status
+    return 0
 
 
 def say(text: str) -> None:

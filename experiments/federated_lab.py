@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.console import Console
 
+from experiments.console import CONSOLE
 from l4jax.federated import (
     algorithms,
     clients,
@@ -28,7 +28,6 @@ from l4jax.training import checkpointing, tracking
 
 Name = Literal["digits", "textures", "keywords", "mnist", "cifar10", "speech_commands"]
 Study = Literal["partitions", "divergence", "emd", "sharing"]
-CONSOLE = Console(stderr=True)
 MOST_SHARED = 0.2
 """Largest β that federations have room for."""
 

@@ -30,10 +30,10 @@ from typing import Any
 
 import matplotlib.figure
 import numpy as np
-import tyro
 
-from experiments.federated_lab import CONSOLE, Lab, Settings
-from l4jax import distributed
+from experiments import console
+from experiments.console import CONSOLE
+from experiments.federated_lab import Lab, Settings
 from l4jax.federated import drawing, metrics, partition, sharing
 from l4jax.training import checkpointing
 
@@ -65,8 +65,8 @@ def run(settings: Settings) -> Report:
     }
     report = {name: made[name](lab) for name in settings.studies}
     text = json.dumps(_named(report), indent=1)
-    checkpointing.write(_path(settings, "report.json"), text + "\n")
-    checkpointing.write(_path(settings, "results.md"), table(settings, lab, report))
+    checkpointing.write(settings.out / "report.json", text + "\n")
+    checkpointing.write(settings.out / "results.md", table(settings, lab, report))
     print(table(settings, lab, report))
     return report
 
@@ -257,13 +257,9 @@ def _save(settings: Settings, figure: matplotlib.figure.Figure, name: str) -> No
     partial.replace(file)
 
 
-def _path(settings: Settings, name: str) -> Any:
-    return checkpointing.epath.Path(settings.out / name)
-
-
 def _begin(settings: Settings) -> None:
     """Makes the folder; it must be new, or of the same settings."""
-    file = _path(settings, "config.json")
+    file = settings.out / "config.json"
     now = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
     if file.exists():
         if not settings.resume:
@@ -276,20 +272,5 @@ def _begin(settings: Settings) -> None:
     checkpointing.write(file, json.dumps(now, indent=1) + "\n")
 
 
-def main() -> int:
-    try:
-        settings = tyro.cli(Settings, description=__doc__)
-    except ValueError as error:
-        print(f"federated_vision: {error}", file=sys.stderr)
-        return 2
-    distributed.initialize()
-    try:
-        run(settings)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"federated_vision: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.main(Settings, run, __doc__, "federated_vision"))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -27,14 +26,14 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import tyro
 from flax import nnx
 
+from experiments import console
 from l4jax import presets
 from l4jax.config import TextConfig
 from l4jax.data import corpus, tokenizer
 from l4jax.models.llama4 import Llama
-from l4jax.training import metap, objectives, schedules, trainer
+from l4jax.training import checkpointing, metap, objectives, schedules, trainer
 
 VOCABULARY = 512
 PARAMETERIZATIONS = ("standard", "metap")
@@ -108,9 +107,10 @@ def run(settings: Settings) -> dict[str, Any]:
         "coordinates": checks,
         "growth": {name: metap.growth(check) for name, check in checks.items()},
     }
-    _write(settings.out / "report.json", json.dumps(report, indent=2) + "\n")
+    checkpointing.write(settings.out / "report.json", json.dumps(report, indent=2) + "\n")
     draw_losses(settings, done)
     draw_coordinates(settings, checks)
+    print(json.dumps({"best": report["best"], "growth": report["growth"]}, indent=2))
     return report
 
 
@@ -335,31 +335,10 @@ def _begin(settings: Settings) -> list[dict]:
             if old[name] != values[name]:
                 raise ValueError(f"{config}: {name} {old[name]} there, {values[name]} asked for")
     settings.out.mkdir(parents=True, exist_ok=True)
-    _write(config, json.dumps(values, indent=2) + "\n")
+    checkpointing.write(config, json.dumps(values, indent=2) + "\n")
     lines = settings.out / "metrics.jsonl"
     return [json.loads(x) for x in lines.read_text().splitlines()] if lines.exists() else []
 
 
-def _write(file: pathlib.Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
-
-
-def main() -> int:
-    try:
-        settings = tyro.cli(Settings, description=__doc__)
-    except ValueError as error:
-        print(f"metap: {error}", file=sys.stderr)
-        return 2
-    try:
-        report = run(settings)
-    except (OSError, ValueError) as error:
-        print(f"metap: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps({"best": report["best"], "growth": report["growth"]}, indent=2))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.main(Settings, run, __doc__, "metap"))

@@ -10,6 +10,7 @@ import wave
 import numpy as np
 import pytest
 
+from experiments import console
 from experiments import federated_lab as lab
 from experiments import federated_vision as recipe
 from l4jax.federated import files
@@ -34,8 +35,8 @@ def arrays(count=20, side=6):
 
 def call(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["federated_vision", *map(str, arguments)])
-    monkeypatch.setattr(recipe.distributed, "initialize", lambda: None)
-    return recipe.main()
+    monkeypatch.setattr(console.distributed, "initialize", lambda: None)
+    return console.main(recipe.Settings, recipe.run, recipe.__doc__, "federated_vision")
 
 
 # --- The recipe ----------------------------------------------------------------------------------

@@ -25,12 +25,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib.figure
-import tyro
 from flax import nnx
 
-from experiments import distill, recipe
+from experiments import console, distill, recipe
 from experiments.benchmarks import peers
-from l4jax import checkpoints, distributed, roofline
+from l4jax import checkpoints, roofline
 from l4jax.data import corpus, pipeline
 from l4jax.data import tokenizer as tokenizers
 from l4jax.models.llama4 import Llama
@@ -159,20 +158,5 @@ def draw(runs: dict[str, list[dict[int, float]]], known: float) -> matplotlib.fi
     return figure
 
 
-def main() -> int:
-    try:
-        settings = tyro.cli(Settings, description=__doc__)
-    except ValueError as error:
-        print(f"distillation: {error}", file=sys.stderr)
-        return 2
-    distributed.initialize()
-    try:
-        run(settings)
-    except (OSError, ValueError) as error:
-        print(f"distillation: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.main(Settings, run, __doc__, "distillation"))

@@ -25,12 +25,12 @@ from typing import Any
 import jax
 import matplotlib.figure
 import numpy as np
-import tyro
 
+from experiments import console
 from experiments.benchmarks import peers
+from experiments.console import CONSOLE
 from experiments.federated_claims import CLAIMS, Runs
-from experiments.federated_lab import CONSOLE, Lab
-from l4jax import distributed
+from experiments.federated_lab import Lab
 from l4jax.federated import algorithms, clients, mapping
 from l4jax.federated.local import Local
 
@@ -185,20 +185,5 @@ def run(settings: Settings) -> None:
     peers.write("federated", json.loads(json.dumps(report)), args, draw(claims, found))
 
 
-def main() -> int:
-    try:
-        settings = tyro.cli(Settings, description=__doc__)
-    except ValueError as error:
-        print(f"federated: {error}", file=sys.stderr)
-        return 2
-    distributed.initialize()
-    try:
-        run(settings)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"federated: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.main(Settings, run, __doc__, "federated"))

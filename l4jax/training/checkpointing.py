@@ -20,6 +20,7 @@ import contextlib
 import json
 import math
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -246,7 +247,7 @@ def begin(path: epath.Path, arrays: Mapping[str, jax.Array]) -> Callable[[], Non
         return ocp.save_async(path, dict(arrays), overwrite=True).result
 
 
-def write(path: epath.Path, text: str) -> None:
+def write(path: pathlib.Path | epath.Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
     partial = path.parent / f".{path.name}.partial"
     try:
