@@ -34,6 +34,7 @@ import numpy as np
 from experiments import console
 from experiments.console import CONSOLE
 from experiments.federated_lab import Lab, Settings
+from l4jax import paths
 from l4jax.federated import drawing, metrics, partition, sharing
 from l4jax.training import checkpointing
 
@@ -265,7 +266,7 @@ def _begin(settings: Settings) -> None:
         if not settings.resume:
             raise ValueError(f"{settings.out}: holds a run; add --resume, or choose another --out")
         free = frozenset(("resume", "out", "checkpoint_every", "studies"))
-        changed = list(checkpointing.differences(json.loads(file.read_text()), now, free=free))
+        changed = list(paths.differences(json.loads(file.read_text()), now, free=free))
         if changed:
             raise ValueError(f"{settings.out}: holds another run: {'; '.join(changed)}")
     settings.out.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,7 @@ from flax import nnx
 
 from experiments import examples, leaves, recipe
 from experiments.console import say, told
-from l4jax import checkpoints
+from l4jax import checkpoints, paths
 from l4jax.config import RopeScaling, TextConfig
 from l4jax.data import conversations, corpus, pipeline, tokenizing
 from l4jax.data import tokenizer as tokenizers
@@ -158,7 +158,7 @@ def begin(settings: Midtrain) -> None:
             json.loads(json.dumps(dataclasses.asdict(settings))),
         )
         free = loop.FREE | {"meshes"}
-        changed = list(checkpointing.differences(then, now, free=free))
+        changed = list(paths.differences(then, now, free=free))
         if changed:
             raise ValueError(
                 f"{settings.out}: the run has another configuration: {'; '.join(changed)}"

@@ -23,7 +23,7 @@ from flax import nnx
 from experiments import leaves, saving
 from experiments.console import CONSOLE, say
 from experiments.leaves import Recipe
-from l4jax import checkpoints, distributed, lora, presets, sharding, weights
+from l4jax import checkpoints, distributed, lora, paths, presets, sharding, weights
 from l4jax.checkpoints import formats
 from l4jax.config import TextConfig
 from l4jax.data import (
@@ -123,7 +123,7 @@ def begin(recipe: Recipe) -> None:
     if (folder / "checkpoints").exists() and (folder / "config.json").exists():
         # Refused before anything is changed.
         then = json.loads((folder / "config.json").read_text())
-        changed = list(checkpointing.differences(then, json.loads(text), free=loop.FREE))
+        changed = list(paths.differences(then, json.loads(text), free=loop.FREE))
         if changed:
             raise ValueError(f"{folder}: holds another run: {'; '.join(changed)}")
     if not recipe.resume:

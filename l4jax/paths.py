@@ -1,4 +1,4 @@
-"""Rules by path: which parameters something is about, said by patterns on their dotted names.
+"""Dotted names of leaves: patterns on those of parameters, and what differs in two configurations.
 
 A parameter of the model is called as in its tree: `embed`, `layers.0.attention.q` (stacked over the
 periods of the pattern), `tail.1.ffn.router`, `norm.scale`, `head`. In a pattern, `*` stands for
@@ -8,7 +8,7 @@ anything, dots included, and a pattern must fit the whole name: `*.attention.*`,
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,3 +49,23 @@ def chosen(patterns: Iterable[str], known: Iterable[str] | None = None) -> Chose
                 some = ", ".join(known[:6]) + (", …" if len(known) > 6 else "")
                 raise ValueError(f"pattern {pattern!r} fits no parameter; there are {some}")
     return lambda name: any(fits(name, pattern) for pattern in patterns)
+
+
+def differences(
+    then: Any, now: Any, *, free: frozenset[str] = frozenset(), name: str = ""
+) -> Iterator[str]:
+    """Leaves of two configurations that are not the same, as "name: value then, value now".
+
+    Args:
+        then: nested mappings of what JSON can hold.
+        now: the same.
+        free: last parts of the names of leaves that may differ.
+        name: dotted, of the mappings themselves.
+    """
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for key in sorted(then.keys() | now.keys()):
+            if key not in free:
+                inner = f"{name}.{key}" if name else key
+                yield from differences(then.get(key), now.get(key), free=free, name=inner)
+    elif then != now:
+        yield f"{name}: {then!r} then, {now!r} now"

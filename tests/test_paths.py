@@ -1,4 +1,6 @@
-"""Patterns mean what they say."""
+"""Patterns mean what they say, and so do differences."""
+
+import json
 
 import jax.numpy as jnp
 import pytest
@@ -35,3 +37,14 @@ def test_a_pattern_fits_the_whole_name(patterns, expected):
 def test_a_pattern_that_fits_nothing_is_refused():
     with pytest.raises(ValueError, match=r"pattern '\*\.mlp' fits no parameter; there are embed, "):
         paths.chosen(["embed", "*.mlp"], NAMES)
+
+
+def test_configurations_differ_in_leaves():
+    then = {"a": 1, "b": {"c": [1, 2], "out": "x", "d": None}, "mesh": {"fsdp": 8}}
+    assert list(paths.differences(then, json.loads(json.dumps(then)))) == []
+    now = {"a": 2, "b": {"c": [1, 3], "out": "y"}, "mesh": {"fsdp": 4}, "e": True}
+    assert list(paths.differences(then, now, free=frozenset(("out", "mesh")))) == [
+        "a: 1 then, 2 now",
+        "b.c: [1, 2] then, [1, 3] now",
+        "e: None then, True now",
+    ]

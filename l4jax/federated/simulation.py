@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
+from l4jax import paths
 from l4jax.federated.algorithms import Algorithm, State
 from l4jax.federated.clients import Cohort, Data, Participation
 from l4jax.federated.mapping import place
@@ -167,17 +168,9 @@ def _identity(settings: Settings, data: Data) -> dict[str, Any]:
 
 
 def _check_same(then: Any, now: Any) -> None:
-    changed = [f"{name}: {was!r} then, {is_!r} now" for name, was, is_ in _differences(then, now)]
+    changed = list(paths.differences(then, now))
     if changed:
         raise ValueError(f"the checkpoint is of another run: {'; '.join(changed)}")
-
-
-def _differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        for key in sorted(then.keys() | now.keys()):
-            yield from _differences(then.get(key), now.get(key), f"{name}.{key}".lstrip("."))
-    elif then != now:
-        yield name, then, now
 
 
 def _settle(checkpoints: Checkpoints | None) -> None:

@@ -21,7 +21,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -260,24 +260,6 @@ def write(path: pathlib.Path | epath.Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-def differences(then: Any, now: Any, *, free: frozenset[str], name: str = "") -> Iterator[str]:
-    """Leaves of two configurations that are not the same, as "name: value then, value now".
-
-    Args:
-        then: nested mappings of what JSON can hold.
-        now: the same.
-        free: last parts of the names of leaves that may differ.
-        name: dotted, of the mappings themselves.
-    """
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        for key in sorted(then.keys() | now.keys()):
-            if key not in free:
-                inner = f"{name}.{key}" if name else key
-                yield from differences(then.get(key), now.get(key), free=free, name=inner)
-    elif then != now:
-        yield f"{name}: {then!r} then, {now!r} now"
 
 
 def fingerprints(state: Any) -> dict[str, int]:

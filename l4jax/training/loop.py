@@ -24,8 +24,9 @@ import optax
 from etils import epath
 from rich.console import Console
 
+from l4jax.paths import differences
 from l4jax.training import tracking
-from l4jax.training.checkpointing import Checkpoints, Failure, differences, fingerprints
+from l4jax.training.checkpointing import Checkpoints, Failure, fingerprints
 from l4jax.training.hooks import Hook, Moment, profile
 from l4jax.training.signals import SAVE, STOP, Agreed, signals
 from l4jax.training.trainer import Batch, State, Training, spread
