@@ -268,7 +268,8 @@ def report(
         return
     text = json.dumps({"right": right, "questions": settings.held_out, "seed": settings.seed})
     checkpointing.write(settings.folder / "report.json", text + "\n")
-    with (settings.folder / "answers.png").open("wb") as file:
+    path = settings.folder / "answers.png"
+    with checkpointing.appearing(path) as partial, partial.open("wb") as file:
         drawn(held_out, answers, right).savefig(file, dpi=110, format="png")
 
 

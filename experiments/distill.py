@@ -91,9 +91,9 @@ class Distill(leaves.Recipe):
             )
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def parts(self) -> dict[str, str | None]:
         """See `Recipe`."""
-        return codistillation.PARTS if self.codistill else ()
+        return {"teacher": self.teacher, "student": None} if self.codistill else {}
 
     @property
     def taught(self) -> bool:

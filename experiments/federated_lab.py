@@ -85,6 +85,14 @@ class Settings:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if not self.seeds or not self.studies:
             raise ValueError("seeds and studies must each be at least one")
+        if min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} must not be negative, and all different")
+        batch, rate, decay = self.values
+        if batch < 1 or not 0 < rate < 1e3 or not 0 < decay <= 1:
+            raise ValueError(
+                f"batch {batch} must be at least 1, rate {rate:g} above 0 and below 1000, decay "
+                f"{decay:g} above 0 and at most 1"
+            )
         if (self.data is None) == (self.set in ("mnist", "cifar10", "speech_commands")):
             raise ValueError(f"set {self.set}: --data is for mnist, cifar10 and speech_commands")
         if self.network == "paper" and self.set not in networks.PAPER:
@@ -281,12 +289,13 @@ class Lab:
 
     def divergence(self, parts: Sequence[np.ndarray], *, seed: int) -> metrics.Divergence:
         """After as many full-batch steps as a round has, from the same weights; no noise in it."""
-        values = self.settings.values
-        steps = -(-len(parts[0]) // values.batch)
-        algorithm, found = self._fedavg(rate=values.rate, batch=None, epochs=steps), []
-        for split in (parts, [np.concatenate(parts)]):
-            settings = simulation.Settings(rounds=1, checkpoint_every=1)
-            data = clients.gather(self.pool, split)
+        values, found = self.settings.values, []
+        steps = -(-sum(map(len, parts)) // (len(parts) * values.batch))
+        data = clients.gather(self.pool, parts)
+        # Rounds of one full-batch step are central training, and need no client with all examples.
+        for epochs, rounds in ((steps, 1), (1, steps)):
+            algorithm = self._fedavg(rate=values.rate, batch=None, epochs=epochs)
+            settings = simulation.Settings(rounds=rounds, checkpoint_every=rounds)
             run = simulation.run(algorithm, self.params(seed), data, settings=settings)
             found.append(jax.device_get(run.state.params))
         return metrics.weight_divergence(*found)

@@ -51,8 +51,11 @@ Report = dict[str, Any]
 
 def run(settings: Settings) -> Report:
     """Makes the studies, and writes what they found."""
-    _begin(settings)
     lab = Lab(settings)
+    # What cannot be split is refused before anything is left in the folder.
+    for rows in (lab.examples.train, lab.examples.own):
+        splits(lab, settings.seeds[0], rows)
+    _begin(settings)
     CONSOLE.print(
         f"{settings.set}: {len(lab.examples.train)} examples to train on, "
         f"{len(lab.examples.test)} to test; network: {lab.network.provenance}",
@@ -252,10 +255,8 @@ def _slug(name: str) -> str:
 
 
 def _save(settings: Settings, figure: matplotlib.figure.Figure, name: str) -> None:
-    file = settings.out / f"{name}.png"
-    partial = file.with_suffix(".partial")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(file)
+    with checkpointing.appearing(settings.out / f"{name}.png") as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def _begin(settings: Settings) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
@@ -78,7 +78,7 @@ class Optimization:
         if self.accumulate < 1:
             raise ValueError(f"accumulate {self.accumulate} must be at least 1")
 
-    def make(self, steps: int, apart: tuple[str, ...] = ()) -> tuple[Any, Any]:
+    def make(self, steps: int, apart: Sequence[str] = ()) -> tuple[Any, Any]:
         """Learning rate by step, and the optimizer, for a model or for several `apart`."""
         schedule = schedules.schedule(
             self.schedule, self.learning_rate, steps=steps, warmup=self.warmup
@@ -89,10 +89,11 @@ class Optimization:
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
             moments=self.moments,
-            rates=dict(self.rates),
         )
         if apart:
             optimizer = optimizers.apart(optimizer, apart)
+        if self.rates:
+            optimizer = optimizers.with_rates(optimizer, dict(self.rates))
         if self.average:
             optimizer = optimizers.averaged(optimizer, self.average)
         return schedule, optimizer
@@ -230,9 +231,9 @@ class Recipe:
         return (self.batch,)
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """The models that train at once, by name; none if it is only one."""
-        return ()
+    def parts(self) -> dict[str, str | None]:
+        """The models that train at once, and what each began with; empty if it is only one."""
+        return {}
 
 
 # --- Pods ----------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from l4jax.data import (
 from l4jax.data.tokenizer import Tokenizer
 from l4jax.models.llama4 import Llama
 from l4jax.training import checkpointing, hooks, loop, optimizers, signals
-from l4jax.training.codistillation import PARTS, Pair
+from l4jax.training.codistillation import Pair
 from l4jax.training.objectives import Objective
 from l4jax.training.trainer import Training, batch_sharding
 
@@ -230,7 +230,7 @@ def train(
         kept: held-out batches that are measured then, if there are any.
         measure: by what; the objective by default.
     """
-    schedule, optimizer = recipe.optimization.make(recipe.run.steps, recipe.parts)
+    schedule, optimizer = recipe.optimization.make(recipe.run.steps, tuple(recipe.parts))
     accumulate = recipe.optimization.accumulate
     training = Training(model, objective, optimizer, accumulate=accumulate, trainable=trainable)
     functions = [*every, *([hooks.evaluate(measure or objective, kept)] if kept else [])]
@@ -274,8 +274,8 @@ def finish(
             "the model has numbers that are not finite and is not saved: lower --learning-rate"
         )
     if isinstance(model, Pair):
-        teacher, of = folder / PARTS[0], getattr(recipe, PARTS[0])
-        saving.save_model(model.teacher, tokenizer, teacher, origin=of)
+        origin = recipe.parts["teacher"]
+        saving.save_model(model.teacher, tokenizer, folder / "teacher", origin=origin)
         model = model.student
     if weights.standing(model, lora.LowRank):
         try:

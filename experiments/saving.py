@@ -23,7 +23,7 @@ from l4jax.checkpoints.formats import model_of
 from l4jax.data import companions, templates
 from l4jax.data.tokenizer import Tokenizer
 from l4jax.models.llama4 import Llama
-from l4jax.training import tracking
+from l4jax.training import checkpointing, tracking
 
 
 def finite(model: nnx.Module) -> bool:
@@ -156,5 +156,5 @@ def curves(folder: epath.Path) -> None:
             axes.plot(*zip(*points, strict=True), label=key, **style)
         axes.set(xlabel="step", ylabel=name)
         axes.legend(fontsize="small")
-    with (folder / "curves.png").open("wb") as file:
+    with checkpointing.appearing(folder / "curves.png") as path, path.open("wb") as file:
         figure.savefig(file, dpi=120, format="png")

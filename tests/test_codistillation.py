@@ -8,9 +8,10 @@ from flax import nnx
 from objective_toys import Table, packed
 
 from l4jax.training import objectives, optimizers, schedules
-from l4jax.training.codistillation import PARTS, Pair, codistill, measure
+from l4jax.training.codistillation import Pair, codistill, measure
 from l4jax.training.trainer import Training
 
+PARTS = ("teacher", "student")
 K, SOFT, TEMPERATURE = 5, 0.7, 1.5
 LENGTHS = [(5, 7), (11,), (3, 3, 2)]
 

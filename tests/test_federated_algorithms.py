@@ -14,11 +14,13 @@ from l4jax.federated import algorithms, clients, simulation
 from l4jax.federated.algorithms import Options
 from l4jax.federated.clients import Cohort, Participation
 from l4jax.federated.local import Client, Local
+from l4jax.federated.local import mean as local_mean
 
 KEY = jax.random.key(0)
 LOCAL = Local(loss=toys.loss, rate=0.2, batch=5, epochs=2, shuffle=False)
 """Batches of 5 of clients with 4, 11, 7, 13 and 1 examples: last ones are not full."""
 FEDAVG, SCAFFOLD = algorithms.fedavg(LOCAL), algorithms.scaffold(LOCAL)
+EQUAL_SCAFFOLD = algorithms.scaffold(LOCAL, options=Options(weights="clients"))
 DILOCO, FEDADAM = algorithms.diloco(LOCAL), algorithms.fedadam(LOCAL)
 
 
@@ -71,7 +73,7 @@ def by_hand(count, *, sizes=toys.SIZES, rate=0.2, batch=5, epochs=2, mu=0.0, sca
                 own[k] = new
         w = sum(n * v for n, v in zip(sizes, ends, strict=True)) / sum(sizes)
         if scaffold:
-            c = c + sum(changes) / len(sizes)
+            c = c + sum(n * x for n, x in zip(sizes, changes, strict=True)) / sum(sizes)
     return {"output": {"kernel": w[:-1], "bias": w[-1]}}
 
 
@@ -97,9 +99,47 @@ def test_scaffold_is_the_loop_and_begins_as_fedavg():
     assert toys.far(state.params, by_hand(5)) > 1e-3
     first = rounds(SCAFFOLD, toys.linear(), count=1)[0].params
     assert toys.far(first, by_hand(1)) < 1e-6
-    # The server's variate is the mean of the clients'.
-    kept = jax.tree.map(lambda x: x.mean(0), state.clients.variate)
-    assert toys.far(kept, state.shared) < 1e-6
+    # The server's variate is the mean of the clients', weighted as their updates are.
+    for weights, algorithm in ((toys.SIZES, SCAFFOLD), (None, EQUAL_SCAFFOLD)):
+        state, _ = rounds(algorithm, toys.linear())
+        kept = jax.tree.map(
+            lambda x, w=weights: np.average(x, axis=0, weights=w), state.clients.variate
+        )
+        assert toys.far(kept, state.shared) < 1e-6
+
+
+@pytest.mark.parametrize(("algorithm", "best"), [("fedavg", 1.0), ("scaffold", 1.0)])
+def test_clients_count_by_their_examples(algorithm, best):
+    """Nine examples at 0 and one at 10: their mean is 1, that of the clients 5."""
+    pool = {"x": np.array([0.0] * 9 + [10.0], np.float32)}
+    data = clients.gather(pool, toys.parts((9, 1)))
+
+    def loss(params, batch, _):
+        return local_mean(0.5 * (params["w"] - batch["x"]) ** 2, batch)
+
+    local = Local(loss=loss, rate=0.1, epochs=3, shuffle=False)
+    make = getattr(algorithms, algorithm)
+    for options, found in ((Options(), best), (Options(weights="clients"), 5.0)):
+        state, _ = rounds(make(local, options=options), {"w": jnp.zeros(())}, count=200, data=data)
+        assert float(state.params["w"]) == pytest.approx(found, abs=1e-3)
+
+
+def test_clients_draw_each_for_themselves():
+    """Two with the same examples and a loss that follows its key."""
+    pool = {"x": np.ones(2, np.float32)}
+
+    def loss(params, batch, key):
+        return local_mean(params["w"] * jax.random.normal(key) * batch["x"], batch)
+
+    data = clients.gather(pool, [np.arange(2)] * 2)
+    algorithm = algorithms.fedavg(Local(loss=loss, rate=1.0))
+
+    def moved(client):
+        cohort = Cohort(np.array([client]), np.ones(1, bool), np.ones(1, np.float32))
+        state, _ = rounds(algorithm, {"w": jnp.zeros(())}, count=1, data=data, cohort=cohort)
+        return float(state.params["w"])
+
+    assert moved(0) == moved(0) != moved(1)
 
 
 def test_the_loss_and_dispersion_are_what_they_say():
@@ -120,10 +160,10 @@ def test_the_loss_and_dispersion_are_what_they_say():
 
 # --- FedJAX --------------------------------------------------------------------------------------
 SERVERS = {
-    "sgd": None,
-    "momentum": optax.sgd(0.7, momentum=0.9),
-    "adam": optax.adam(0.01, b2=0.99, eps=1e-3),
-    "yogi": optax.yogi(0.01, b2=0.99, eps=1e-3),
+    "sgd": algorithms.fedavg,
+    "momentum": lambda local: algorithms.fedavgm(local, rate=0.7),
+    "adam": algorithms.fedadam,
+    "yogi": algorithms.fedyogi,
 }
 
 
@@ -143,8 +183,7 @@ def test_fedjax_gives_the_same(partition, batch, server):
 
     data = clients.gather({"x": file["x"], "y": file["y"]}, toys.parts(file[partition].tolist()))
     local = Local(loss=toys.loss, rate=0.1, batch=batch, epochs=3, shuffle=False)
-    algorithm = algorithms.fedavg(local, server=SERVERS[server])
-    state, _ = rounds(algorithm, read("start"), data=data)
+    state, _ = rounds(SERVERS[server](local), read("start"), data=data)
     assert toys.far(state.params, read(f"{partition}/{server}")) < 1e-5
     assert toys.far(state.params, read("start")) > 1e-2
 
@@ -201,14 +240,16 @@ def test_each_epoch_shuffles_all_of_a_clients_own_examples():
 def test_diloco_is_nesterov_on_pseudo_gradients_and_its_inner_optimizer_lives_on():
     """With one step of SGD inside and sgd(1) outside, synchronous SGD; with Nesterov, by hand."""
     local = Local(loss=toys.loss, rate=0.1, optimizer=optax.adam, batch=5, shuffle=False)
-    data = clients.gather(toys.pool(), toys.parts((9,) * 4))
-    state, _ = rounds(algorithms.diloco(local), toys.linear(), count=4, data=data)
+    sizes = (9, 8, 10, 7)
+    data = clients.gather(toys.pool(), toys.parts(sizes))
+    algorithm = algorithms.diloco(local, options=Options(block=2))
+    state, _ = rounds(algorithm, toys.linear(), count=4, data=data)
     assert state.clients.optimizer[0].count.tolist() == [8] * 4
     w, inner, velocity = toys.linear(), [None] * 4, jax.tree.map(jnp.zeros_like, toys.linear())
     rule = optax.adam(0.1)
     for _ in range(4):
         ends = []
-        for k, rows in enumerate(toys.parts((9,) * 4)):
+        for k, rows in enumerate(toys.parts(sizes)):
             v, moments = w, inner[k] or rule.init(w)
             for i in (0, 5):
                 taken = rows[i : i + 5]
@@ -250,7 +291,8 @@ def test_scaffold_keeps_the_variates_of_those_who_are_away():
     state, _ = rounds(SCAFFOLD, toys.linear(), count=1, cohort=cohort)
     sizes = [float(jnp.abs(x).sum()) for x in state.clients.variate["output"]["kernel"]]
     assert [x > 0 for x in sizes] == [False, True, False, False, False]
-    change = jax.tree.map(lambda x: x[1] / 5, state.clients.variate)
+    share = toys.SIZES[1] / sum(toys.SIZES)
+    change = jax.tree.map(lambda x: x[1] * share, state.clients.variate)
     assert toys.far(state.shared, change) < 1e-7
 
 

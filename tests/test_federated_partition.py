@@ -73,6 +73,7 @@ def test_sizes_and_keys():
     assert {len(x) for x in partition.skewed(110, 11, sigma=0.0, seed=0)} == {10}
     sizes = [len(x) for x in partition.skewed(411, 11, sigma=2.0, seed=0)]
     assert max(sizes) > 5 * np.median(sizes)
+    partition.check(partition.skewed(100, 10, sigma=1000.0, seed=0), 100)
     parts = partition.by_key(ODD)
     partition.check(parts, len(ODD))
     assert [set(ODD[part]) for part in parts] == [{x} for x in "abcdefg"]
@@ -110,6 +111,7 @@ def arrays(rows):
         (lambda: clients.gather({"x": np.zeros(3)}, [[0], [3]]), "client 1 has rows beyond"),
         (lambda: clients.gather({"x": np.zeros(3)}, [[0], []]), "client 1 has no data"),
         (lambda: clients.gather({"x": np.zeros(3), "y": np.zeros(2)}, [[0]]), "lengths"),
+        (lambda: clients.gather({"mask": np.zeros(3)}, [[0]]), "called mask"),
     ],
 )
 def test_what_does_not_go_is_refused_by_name(make, message):

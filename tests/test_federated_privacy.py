@@ -42,6 +42,15 @@ def test_no_client_moves_the_server_by_more_than_its_share():
         cohort = clients.everybody(5)._replace(alive=np.arange(5) == k)
         moves.append(norm(one_round(algorithm, cohort), toys.linear()))
     np.testing.assert_allclose(moves, 0.01 / 5, rtol=1e-4)
+    # One client's moves are not dispersed.
+    found = jax.jit(algorithm.round)(
+        algorithm.init(toys.linear(), 5),
+        clients.gather(toys.pool(), toys.parts()),
+        clients.everybody(5)._replace(alive=np.arange(5) == 1),
+        key=KEY,
+        number=0,
+    )[1]
+    assert float(found["dispersion"]) < 1e-4
     # What is shorter stays as it is, and all clients count alike.
     free = one_round(with_options(weights="clients"))
     loose = one_round(with_options(privacy=Privacy(clip=1e3, noise=0.0)))
@@ -109,6 +118,8 @@ def test_rounding_is_right_on_average_and_by_less_than_a_unit():
     np.testing.assert_allclose(found.mean(0), x, atol=5 / 7 / 2 / 4000**0.5)
     assert len(np.unique(np.round(np.asarray(found) * 7, 4))) == 15
     assert Compression(bits=4).send({"x": jnp.zeros(3)}, KEY)["x"].tolist() == [0, 0, 0]
+    x = jnp.full(200_000, 1.0)
+    assert float(Compression(bits=16).send({"x": x}, KEY)["x"].max()) <= 1
 
 
 def test_with_feedback_nothing_is_lost_for_good():

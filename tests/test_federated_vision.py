@@ -102,6 +102,10 @@ def test_a_run_leaves_figures_numbers_and_can_be_resumed(tmp_path, monkeypatch, 
         (("--rounds", "0"), "rounds 0 must be at least 1"),
         (("--set", "mnist"), "--data is for mnist"),
         (("--data", "x"), "--data is for mnist"),
+        (("--batch", "0"), "batch 0 must be at least 1"),
+        (("--rate", "inf"), "rate inf above 0"),
+        (("--decay", "1.5"), "decay 1.5 above 0 and at most 1"),
+        (("--seeds", "1", "1"), "seeds (1, 1) must not be negative, and all different"),
         (("--network", "paper"), "network paper: there is none for digits"),
     ],
 )
@@ -159,6 +163,15 @@ def test_mnists_files_are_read_packed_or_not(tmp_path):
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx(given["x_test"])[:-1])
     with pytest.raises(ValueError, match="t10k-images-idx3-ubyte: is no IDX file"):
         files.read(str(tmp_path), "mnist")
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx(given["x_test"])[:6])
+    with pytest.raises(ValueError, match="t10k-images-idx3-ubyte: is no IDX file"):
+        files.read(str(tmp_path), "mnist")
+    packed = tmp_path / "train-labels-idx1-ubyte.gz"
+    kept = packed.read_bytes()
+    packed.write_bytes(kept[:-9])
+    with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte.gz: is damaged"):
+        files.read(str(tmp_path), "mnist")
+    packed.write_bytes(kept)
     (tmp_path / "t10k-images-idx3-ubyte").unlink()
     with pytest.raises(ValueError, match="has no t10k-images-idx3-ubyte"):
         files.read(str(tmp_path), "mnist")
@@ -195,6 +208,17 @@ def test_arrays_of_ones_own_are_read_but_never_unpickled(tmp_path):
     np.savez(file, **given | {"x_test": np.zeros(3)})
     with pytest.raises(ValueError, match="must be"):
         files.read(str(file), "mnist")
+    for wrong in (given["y_train"][:-1], given["y_train"] / 2, np.eye(10)[given["y_train"]]):
+        np.savez(file, **given | {"y_train": wrong})
+        with pytest.raises(ValueError, match="they must be whole numbers, one for each"):
+            files.read(str(file), "mnist")
+    np.savez(file, **given | {"y_train": given["y_train"] + 7, "y_test": given["y_test"] + 7})
+    assert files.read(str(file), "mnist").y_train.tolist() == given["y_train"].tolist()
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b""):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="own.npz: needs plain arrays"):
+            files.read(str(file), "mnist")
     with pytest.raises(ValueError, match="give a folder with the files of mnist"):
         files.read(str(tmp_path / "nowhere"), "mnist")
 

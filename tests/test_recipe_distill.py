@@ -147,6 +147,10 @@ def test_a_teacher_may_learn_too(go, whole, files, tmp_path, monkeypatch):
     assert found[0]["soft"] == pytest.approx(frozen[0]["soft"], rel=1e-4)
     assert found[-1]["soft"] != pytest.approx(frozen[-1]["soft"], rel=1e-4)
     assert found[-1]["eval_teacher_loss"] < found[0]["teacher_loss"]
+    assert go(tmp_path / "slow", "--codistill", "--rates", "teacher.*", 0) == 0
+    still, alone = lines(tmp_path / "slow"), lines(out)
+    assert still[-1]["eval_teacher_loss"] > alone[-1]["eval_teacher_loss"]
+    assert still[-1]["soft"] == pytest.approx(frozen[-1]["soft"], rel=1e-4)
     assert checkpoints.read_config(out / "teacher") == CONFIG
     assert checkpoints.read_config(out / "model") == distill.half(CONFIG)
     before = checkpoints.load(files / "model")

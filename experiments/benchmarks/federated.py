@@ -60,7 +60,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         unknown = [x for x in self.claims if x not in {*CLAIMS, "digits", "all", "none"}]
-        if unknown or not self.seeds:
+        if not self.seeds:
+            raise ValueError("seeds must be at least one")
+        if unknown:
             raise ValueError(
                 f"claims {unknown} are unknown: choose from digits, all, none, {', '.join(CLAIMS)}"
             )

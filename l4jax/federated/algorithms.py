@@ -128,13 +128,13 @@ def fedprox(local: Local, *, mu: float, options: Options = Options()) -> Algorit
 
 
 def diloco(
-    local: Local, *, rate: float = 0.7, momentum: float = 0.9, options: Options | None = None
+    local: Local, *, rate: float = 0.7, momentum: float = 0.9, options: Options = Options()
 ) -> Algorithm:
     """Many local steps of an optimizer that lives on, Nesterov outside (Douillard et al. 2023).
 
-    All clients count alike. `local.optimizer` is AdamW there.
+    All clients count alike, whatever the options say. `local.optimizer` is AdamW there.
     """
-    options = options or Options(weights="clients")
+    options = dataclasses.replace(options, weights="clients")
     outer = optax.sgd(rate, momentum=momentum, nesterov=True)
     return fedavg(dataclasses.replace(local, keep=True), server=outer, options=options)
 
@@ -142,8 +142,8 @@ def diloco(
 def scaffold(local: Local, *, rate: float = 1.0, options: Options = Options()) -> Algorithm:
     """Control variates take the drift out of clients' gradients (Karimireddy et al. 2020).
 
-    Their option II: c_k⁺ = c_k − c + (w − w_k) / (η · steps), and c moves by what the clients of a
-    round changed, over the number of all clients.
+    Their option II: c_k⁺ = c_k − c + (w − w_k) / (η · steps), and c stays the mean of all clients'
+    variates, weighted as their updates are: it moves by what the clients of a round changed.
 
     Raises:
         ValueError: clients use anything but plain SGD, or clipping or compression are asked for.
@@ -197,14 +197,14 @@ def _algorithm(
         mean = _mean(sums, options, clients.id.shape[0], jax.random.fold_in(key, _SERVER))
         gradient = jax.tree.map(jnp.negative, mean)
         updates, after = server.update(gradient, state.server, _wide(state.params))
-        total = data.rows.shape[0]
+        total = data.rows.shape[0] if options.weights == "clients" else data.sizes.sum()
         new = State(
             optax.apply_updates(state.params, updates),
             after,
             jax.tree.map(lambda c, more: c + more / total, state.shared, sums.shared),
             kept if cohort.ids is None else _put(state.clients, cohort.ids, kept),
         )
-        return choose(sums.clients > 0, new, state), _metrics(sums, mean, state.params)
+        return choose(sums.clients > 0, new, state), _metrics(sums, state.params)
 
     def traffic(params: Any) -> Traffic:
         whole = sum(x.nbytes for x in jax.tree.leaves(params))
@@ -278,7 +278,8 @@ def _client(
     there = client.alive & (client.steps > 0) & sound
     alike = options.weights == "clients" or options.privacy is not None
     weight = jnp.where(there, 1.0 if alike else client.size.astype(jnp.float32), 0.0)
-    shared = _minus(variate, was.variate)
+    counts = 1.0 if options.weights == "clients" else client.size.astype(jnp.float32)
+    shared = jax.tree.map(lambda x: counts * x, _minus(variate, was.variate))
     sums = _Sums(
         moved=jax.tree.map(lambda x: weight * jnp.where(there, x, 0), moved),
         shared=jax.tree.map(lambda x: jnp.where(there, x, 0), shared),
@@ -310,14 +311,16 @@ def _mean(sums: _Sums, options: Options, size: int, key: jax.Array) -> Any:
     return private.with_noise(mean, options.privacy.noise * options.privacy.clip / size, key)
 
 
-def _metrics(sums: _Sums, mean: Any, params: Any) -> dict[str, jax.Array]:
+def _metrics(sums: _Sums, params: Any) -> dict[str, jax.Array]:
     weight = jnp.maximum(sums.weight, 1)
+    mean = jax.tree.map(lambda x: x / weight, sums.moved)
     spread = sums.square / weight - optax.tree.norm(mean, squared=True)
+    norm = optax.tree.norm(_wide(params))
     return {
         "loss": sums.loss / weight,
         "clients": sums.clients.astype(jnp.int32),
         "excluded": sums.excluded.astype(jnp.int32),
-        "dispersion": jnp.sqrt(jnp.maximum(spread, 0)) / optax.tree.norm(_wide(params)),
+        "dispersion": jnp.sqrt(jnp.maximum(spread, 0)) / jnp.maximum(norm, 1e-12),
     }
 
 

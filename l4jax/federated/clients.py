@@ -58,9 +58,11 @@ def gather(pool: Mapping[str, Any], parts: Sequence[Any], *, width: int | None =
             Federations of one width and pool need a round compiled once, and it changes no result.
 
     Raises:
-        ValueError: the arrays differ in length, a client has nothing or more than `width`, or a row
-            is not in the pool.
+        ValueError: the arrays differ in length or one is called "mask", a client has nothing or
+            more than `width`, or a row is not in the pool.
     """
+    if "mask" in pool:
+        raise ValueError("an array of the pool is called mask, as a batch's own is; rename it")
     lengths = {name: len(x) for name, x in pool.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"arrays must have a row for each example; their lengths are {lengths}")

@@ -61,9 +61,11 @@ class Compression:
             at = jax.lax.top_k(jnp.abs(flat), _kept(flat.size, self.keep))[1]
             flat = jnp.zeros_like(flat).at[at].set(flat[at])
         if self.bits < 32:
-            unit = jnp.max(jnp.abs(flat)) / (2 ** (self.bits - 1) - 1)
+            most = 2 ** (self.bits - 1) - 1
+            unit = jnp.max(jnp.abs(flat)) / most
             unit = jnp.where(unit > 0, unit, 1)
-            flat = jnp.floor(flat / unit + jax.random.uniform(key, flat.shape, flat.dtype)) * unit
+            levels = jnp.floor(flat / unit + jax.random.uniform(key, flat.shape, flat.dtype))
+            flat = jnp.clip(levels, -most, most) * unit  # the largest may be rounded up beyond
         return flat.reshape(x.shape)
 
 

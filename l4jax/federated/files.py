@@ -13,6 +13,8 @@ from __future__ import annotations
 import gzip
 import pathlib
 import wave
+import zipfile
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -55,18 +57,27 @@ def read(path: str, name: str) -> Arrays:
 
 def _npz(file: pathlib.Path) -> Arrays:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             found = Arrays(*(arrays[name] for name in Arrays._fields))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{file}: needs plain arrays {', '.join(Arrays._fields)}: {error}"
         ) from None
+    for x, y in ((found.x_train, found.y_train), (found.x_test, found.y_test)):
+        if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
+            raise ValueError(
+                f"{file}: labels of {y.dtype} {y.shape} for {len(x)} images; they must be whole "
+                "numbers, one for each"
+            )
     images = [x if x.ndim == 4 else x[..., None] for x in (found.x_train, found.x_test)]
     if any(x.ndim != 4 for x in images):
         raise ValueError(f"{file}: x_train {found.x_train.shape} must be [n h w] or [n h w c]")
     scale = 255 if images[0].dtype == np.uint8 else 1
     train, test = ((x / scale).astype(np.float32) for x in images)
-    return Arrays(train, found.y_train.astype(np.int32), test, found.y_test.astype(np.int32))
+    # Labels may be any numbers; classes are counted from 0.
+    both = np.concatenate([found.y_train, found.y_test])
+    labels = np.unique(both, return_inverse=True)[1].astype(np.int32)
+    return Arrays(train, labels[: len(train)], test, labels[len(train) :])
 
 
 def _mnist(folder: pathlib.Path) -> Arrays:
@@ -84,10 +95,14 @@ def _idx(folder: pathlib.Path, name: str) -> np.ndarray:
     for file, opened in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
         if not file.exists():
             continue
-        with opened(file, "rb") as stream:
-            content = stream.read()
-        rank = content[3] if content[:3] == b"\0\0\x08" else 0
-        shape = np.frombuffer(content[4 : 4 + 4 * rank], ">i4")
+        try:
+            with opened(file, "rb") as stream:
+                content = stream.read()
+        except (EOFError, zlib.error) as error:
+            raise ValueError(f"{file}: is damaged ({error})") from None
+        rank = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
+        header = content[4 : 4 + 4 * rank]
+        shape = np.frombuffer(header[: len(header) // 4 * 4], ">i4")
         if not rank or len(content) != 4 + 4 * rank + int(np.prod(shape)):
             raise ValueError(f"{file}: is no IDX file of bytes, or not whole")
         return np.frombuffer(content[4 + 4 * rank :], np.uint8).reshape(shape)

@@ -146,7 +146,8 @@ def skewed(examples: int, clients: int, *, sigma: float, seed: int) -> Partition
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma {sigma} must be a number from 0 (equal sizes) on")
     rng = np.random.default_rng(seed)
-    wanted = np.exp(sigma * rng.standard_normal(clients))
+    logarithms = sigma * rng.standard_normal(clients)
+    wanted = np.exp(logarithms - logarithms.max())
     sizes = _apportion(wanted, examples, most=examples)
     return np.split(rng.permutation(examples), np.cumsum(sizes)[:-1])
 

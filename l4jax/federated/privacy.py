@@ -2,7 +2,8 @@
 
 The guarantee is about a whole client, being there or not (McMahan et al. 2018, "Learning
 Differentially Private Recurrent Language Models"), and holds only against those who see what the
-server publishes. The simulation itself hides nothing. Accounting is dp-accounting's
+server publishes: parameters, but not a round's metrics (loss, clients, excluded, dispersion), which
+get no noise. The simulation itself hides nothing. Accounting is dp-accounting's
 (`pip install 'l4jax[federated]'`).
 """
 

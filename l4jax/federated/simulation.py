@@ -1,7 +1,8 @@
 """A federation from its first round to its last: rounds, measurements, checkpoints, resuming.
 
 What comes out depends on the seed, the data and the algorithm alone. Interrupted anywhere and
-resumed, a run gives the same numbers, but for the timing.
+resumed, a run gives the same numbers, but for the timing. Resuming checks data and settings; that
+the algorithm is the same is up to who resumes.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Result(NamedTuple):
         return {line["step"] + 1: line[name] for line in self.lines if name in line}
 
 
-class NoClients(RuntimeError):
+class NoClients(ValueError):
     """No client of a round came back with numbers. state: as before that round."""
 
     def __init__(self, message: str, state: State) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pathlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
+from l4jax import presets
 from l4jax.planning import charts, chips, compiler, meshes, plan
 from l4jax.planning.meshes import Task
+from l4jax.training import checkpointing
 
 How = Literal["plan", "measure", "search", "longest"]
 
@@ -47,7 +47,7 @@ def request(
             raise ValueError(f"context {context!r} must be a number of tokens or max")
         length = int(context)
     sizes = meshes.parse(mesh) if mesh is not None else None
-    if pathlib.Path(preset).exists():
+    if preset.removeprefix("tiny-") not in presets.PRESETS and pathlib.Path(preset).exists():
         raise ValueError(f"{preset} is no preset: plan takes the name of the one that it is of")
     asked = plan.Request(
         preset=preset,
@@ -103,9 +103,9 @@ def make(
     with console.status(about) as status:
         facts = _apart(lambda: _made(request, how, out, lambda x: status.update(f"{about}: {x}")))
     if out is not None:
-        with _appearing(out / "plan.png") as file:
+        with checkpointing.appearing(out / "plan.png") as file:
             charts.save(facts, file)
-        with _appearing(out / "plan.json") as file:
+        with checkpointing.appearing(out / "plan.json") as file:
             file.write_text(json.dumps(facts, indent=1) + "\n")
     return facts
 
@@ -141,17 +141,6 @@ def _apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if isinstance(found, BaseException):
         raise found
     return found
-
-
-@contextlib.contextmanager
-def _appearing(file: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write to; the file is there whole or not at all."""
-    partial = file.with_name(f".{os.getpid()}-{file.name}")
-    try:
-        yield partial
-        partial.rename(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def show(facts: Mapping[str, Any], console: Console) -> None:

@@ -21,8 +21,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -247,19 +247,27 @@ def begin(path: epath.Path, arrays: Mapping[str, jax.Array]) -> Callable[[], Non
         return ocp.save_async(path, dict(arrays), overwrite=True).result
 
 
+P = TypeVar("P", pathlib.Path, epath.Path)
+
+
+@contextlib.contextmanager
+def appearing(path: P) -> Iterator[P]:
+    """A path to write to, of a file that is then there whole or not at all."""
+    partial = path.parent / f".{path.stem}.{os.getpid()}.partial{path.suffix}"
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write(path: pathlib.Path | epath.Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
-    partial = path.parent / f".{path.name}.partial"
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            with contextlib.suppress(OSError, AttributeError):  # a cloud store has none
-                os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with appearing(path) as partial, partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        with contextlib.suppress(OSError, AttributeError):  # a cloud store has none
+            os.fsync(file.fileno())
 
 
 def fingerprints(state: Any) -> dict[str, int]:

@@ -17,11 +17,9 @@ from l4jax.models.llama4 import Llama
 from l4jax.training import objectives
 from l4jax.training.objectives import Batch, Metrics, Objective
 
-PARTS = ("teacher", "student")
-
 
 class Pair(nnx.Module):
-    """Two models of one vocabulary that train at once; their parameters are named after PARTS."""
+    """Two models of one vocabulary that train at once."""
 
     def __init__(self, teacher: Llama, student: Llama) -> None:
         of, by = teacher.config.vocab_size, student.config.vocab_size
