@@ -65,20 +65,24 @@ class Runs:
 
     def shared(
         self, lab: Lab, seed: int, beta: float, *, alpha: float = 1.0, warm: bool = False
-    ) -> tuple[dict[int, float], float]:
-        """Accuracy by round of clients of one class with a share; that of training on G alone."""
+    ) -> dict[int, float]:
+        """Accuracy by round of clients of one class, each with a share of G."""
         parts = self.split(lab, "1 class each", seed, own=True)
-        name = f"share-{beta:g}-{alpha:g}-{warm}-{seed}"
-        if not beta:
-            return lab.curve(name, parts, seed=seed), 0.0
-        y = lab.examples.y
-        size = sharing.size_of(beta, parts)
-        shared = sharing.draw(y, lab.examples.spare, size=size, seed=seed)
-        after, _ = sharing.share(parts, shared, labels=y, alpha=alpha, seed=seed)
-        epochs = federated_vision.WARM if warm else 200
-        params, accuracy = lab.centrally(shared, seed=seed, epochs=epochs)
-        curve = lab.curve(name, after, seed=seed, start=params if warm else None)
-        return curve, accuracy
+        name, start = f"share-{beta:g}-{alpha:g}-{warm}-{seed}", None
+        if beta:
+            y, of_all = lab.examples.y, self._shared_set(lab, seed, beta)
+            parts, _ = sharing.share(parts, of_all, labels=y, alpha=alpha, seed=seed)
+        if warm:
+            start, _ = lab.centrally(of_all, seed=seed, epochs=federated_vision.WARM)
+        return lab.curve(name, parts, seed=seed, start=start)
+
+    def alone(self, lab: Lab, seed: int, beta: float) -> float:
+        """Accuracy after training on G alone."""
+        return lab.centrally(self._shared_set(lab, seed, beta), seed=seed, epochs=200)[1]
+
+    def _shared_set(self, lab: Lab, seed: int, beta: float) -> np.ndarray:
+        size = sharing.size_of(beta, self.split(lab, "1 class each", seed, own=True))
+        return sharing.draw(lab.examples.y, lab.examples.spare, size=size, seed=seed)
 
     def mean(self, one: Callable[[int], float], *, generated: bool = False) -> float:
         """Over the seeds."""
@@ -135,8 +139,8 @@ def s4(runs: Runs) -> Verdict:
     """5 % shared, after 20 rounds."""
     gain = runs.mean(
         lambda seed: (
-            runs.shared(runs.lab("digits"), seed, 0.05)[0][20]
-            - runs.shared(runs.lab("digits"), seed, 0.0)[0][20]
+            runs.shared(runs.lab("digits"), seed, 0.05)[20]
+            - runs.shared(runs.lab("digits"), seed, 0.0)[20]
         )
     )
     return Verdict({"gain": gain}, {"gain ≥ .20": gain >= 0.20})
@@ -144,12 +148,8 @@ def s4(runs: Runs) -> Verdict:
 
 def s5(runs: Runs) -> Verdict:
     """5 % shared, after 100 rounds, against training on the shared set alone."""
-
-    def ahead(seed: int) -> float:
-        curve, alone = runs.shared(runs.lab("digits"), seed, 0.05)
-        return last(curve) - alone
-
-    gain = runs.mean(ahead)
+    lab = runs.lab("digits")
+    gain = runs.mean(lambda s: last(runs.shared(lab, s, 0.05)) - runs.alone(lab, s, 0.05))
     return Verdict({"ahead by": gain}, {"≥ .05": gain >= 0.05})
 
 
@@ -157,7 +157,7 @@ def s6(runs: Runs) -> Verdict:
     """After 40 rounds accuracy does not fall with β."""
     betas = (0.0, 0.025, 0.05, 0.1, 0.2)
     at = [
-        runs.mean(lambda seed, beta=beta: runs.shared(runs.lab("digits"), seed, beta)[0][40])
+        runs.mean(lambda seed, beta=beta: runs.shared(runs.lab("digits"), seed, beta)[40])
         for beta in betas
     ]
     falls = max(a - b for a, b in zip(at[:-1], at[1:], strict=True))
@@ -167,8 +167,8 @@ def s6(runs: Runs) -> Verdict:
 
 def s7(runs: Runs) -> Verdict:
     """A warm-up with β .1, α .5 against none with β .05, α 1, after 20 rounds."""
-    warm = runs.mean(lambda s: runs.shared(runs.lab("digits"), s, 0.1, alpha=0.5, warm=True)[0][20])
-    cold = runs.mean(lambda s: runs.shared(runs.lab("digits"), s, 0.05)[0][20])
+    warm = runs.mean(lambda s: runs.shared(runs.lab("digits"), s, 0.1, alpha=0.5, warm=True)[20])
+    cold = runs.mean(lambda s: runs.shared(runs.lab("digits"), s, 0.05)[20])
     return Verdict({"warm": warm, "cold": cold}, {"warm ≥ cold + .01": warm >= cold + 0.01})
 
 
@@ -254,8 +254,8 @@ def _generated(runs: Runs, name: str) -> dict[str, float]:
         key: mean(lambda seed, kind=kind: late(runs.curve(lab, kind, seed)))
         for key, kind in KINDS.items()
     }
-    found["shared"] = mean(lambda seed: late(runs.shared(lab, seed, 0.05)[0]))
-    found["alone"] = mean(lambda seed: runs.shared(lab, seed, 0.05)[1])
+    found["shared"] = mean(lambda seed: late(runs.shared(lab, seed, 0.05)))
+    found["alone"] = mean(lambda seed: runs.alone(lab, seed, 0.05))
     return found
 
 
