@@ -74,7 +74,7 @@ class Digits(leaves.Recipe):
                 f"questions {self.questions} must be at least 1, held_out {self.held_out} at least "
                 f"{SHOWN}"
             )
-        if self.files != leaves.Files():
+        if self.files.data or self.files.images:
             raise ValueError("this recipe makes its own pictures; use sft with --images for yours")
 
 
@@ -129,9 +129,11 @@ def run(settings: Digits) -> loop.Result:
         examples.training_batches(mixture, settings, packing="best_fit", images=images),
         every=[right],
     )
+    saved: Any = recipe.finish(
+        settings, training, tokenizer, export=True, images=settings_of_images
+    )
     with told("Answering what it was not trained on"):
-        report(settings, training.model, tokenizer, images, held_out)
-    recipe.finish(settings, training, tokenizer, export=True)
+        report(settings, saved, tokenizer, images, held_out)
     return result
 
 

@@ -114,7 +114,7 @@ def run(settings: Distill) -> loop.Result:
     config = student_config(settings)
     recipe.check_vocabulary(tokenizer, config)
     recipe.check_model(settings, config)
-    kept = []
+    kept: Any = []
     if held_out is not None:
         kept = examples.held_out_batches(held_out, settings, packing="split")
     batches: Any = examples.training_batches(train, settings, packing="split")

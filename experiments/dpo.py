@@ -29,6 +29,7 @@ from l4jax.data import tokenizer as tokenizers
 from l4jax.data.mixture import Mixture
 from l4jax.models.llama4 import Llama
 from l4jax.training import filtering, loop, objectives, teacher
+from l4jax.training.trainer import spread
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ def run(settings: Dpo) -> loop.Result:
     batches = examples.training_batches(
         train, settings, packing="best_fit", segments=2 * settings.pairs, images=images
     )
-    kept = []
+    kept: Any = []
     if held_out is not None:
         kept = examples.held_out_batches(
             held_out, settings, packing="best_fit", segments=2 * settings.pairs, images=images
@@ -107,7 +108,9 @@ def run(settings: Dpo) -> loop.Result:
         add = reference(model, train, settings, images)
         batches = batches.map(add)
         refer = teacher.reference(model, 2 * settings.pairs)
-        kept = [refer(batch) for batch in kept]
+        if held_out is not None:
+            said = [{"reference": refer(spread(batch))["reference"]} for batch in kept]
+            kept = dataclasses.replace(kept, more=said)
     model, trainable = settings.adapters.apply(model, settings.seed)
     training, result = recipe.train(
         settings, model, objective(settings), batches, trainable=trainable, kept=kept
@@ -148,8 +151,10 @@ def reference(model: Llama, mixture: Mixture, settings: Dpo, images: pipeline.Im
         for store, first in zip(mixture.stores, mixture.first, strict=False):
             segments = 2 * settings.pairs
             for batch in examples.one_epoch(store, settings, segments=segments, images=images):
-                arrays = compute(batch)["reference"], batch["example"], batch["ranks"]
-                found, numbers, ranks = (filtering.gathered(x) for x in arrays)
+                asked = compute(spread(batch))
+                found, numbers, ranks = (
+                    filtering.gathered(asked[x]) for x in ("reference", "example", "ranks")
+                )
                 there = numbers >= 0
                 table[first + numbers[there], 1 - ranks[there]] = found[there]
 

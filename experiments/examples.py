@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from l4jax import checkpoints, distributed, sharding
 from l4jax.data import conversations, corpus, pipeline, sources, store, tokenizing
 from l4jax.data.mixture import Mixture
 from l4jax.data.tokenizer import Tokenizer
-from l4jax.training.trainer import batch_sharding
+from l4jax.training.trainer import batch_sharding, spread
 
 MOST_SEGMENTS = 32
 """In a row, where a recipe must know them apart."""
@@ -106,6 +107,25 @@ def _cache(recipe: Recipe) -> epath.Path:
 
 
 # --- Batches -------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Batches that are read anew whenever they are measured on: images would fill the memory.
+
+    more: what else belongs to each of them, laid out on the mesh.
+    """
+
+    batches: pipeline.Batches
+    most: int
+    more: Sequence[Mapping[str, Any]] | None = None
+
+    def __iter__(self) -> Iterator[pipeline.Batch]:
+        first = itertools.islice(self.batches, self.most)
+        if self.more is None:
+            return first
+        pairs = zip(first, self.more, strict=True)
+        return ({**spread(batch), **more} for batch, more in pairs)
+
+
 def training_batches(
     mixture: Mixture,
     recipe: Recipe,
@@ -137,7 +157,7 @@ def held_out_batches(
     segments: int | None = None,
     images: pipeline.Images | None = None,
     most: int = 16,
-) -> list[pipeline.Batch]:
+) -> HeldOut:
     """The first `most` batches of one epoch, in their order."""
     batches = pipeline.batches(
         Mixture(mixture.stores, epochs=1),
@@ -148,8 +168,7 @@ def held_out_batches(
         segments=segments,
         rows=_own_rows(recipe.length),
     )
-    batches = _with_images(batches, images)
-    return [batch for _, batch in zip(range(most), batches, strict=False)]
+    return HeldOut(_with_images(batches, images), most)
 
 
 def fitting(examples: Any, recipe: Recipe) -> Any:

@@ -125,6 +125,8 @@ class Files:
     def __post_init__(self) -> None:
         if (self.eval_data or self.weights) and not self.data:
             raise ValueError("eval_data and weights belong to data of your own: give --data too")
+        if self.image_folder and not self.images:
+            raise ValueError(f"image_folder {self.image_folder} belongs to --images")
         if self.weights and len(self.weights) != len(self.data):
             raise ValueError(
                 f"weights {self.weights}: give one for each of {len(self.data)} --data"
@@ -214,11 +216,18 @@ class Recipe:
                     f"export is for an --out on a disk; of a model at an address l4jax convert "
                     f"{self.out}/model FOLDER --to hf makes the same"
                 )
-        self.optimization.make(self.run.steps)  # refuses what does not go together
-        if self.batch % self.optimization.accumulate:
+        adapters = getattr(self, "adapters", Adapters())
+        if adapters.quantize and getattr(self, "export", False):
             raise ValueError(
-                f"accumulate {self.optimization.accumulate} does not divide batch {self.batch}"
+                f"quantize {adapters.quantize}: Hugging Face's files are written of plain weights "
+                "only; leave --quantize or --export out"
             )
+        self.optimization.make(self.run.steps)  # refuses what does not go together
+        for rows in self.batches:
+            if rows % self.optimization.accumulate:
+                raise ValueError(
+                    f"accumulate {self.optimization.accumulate} does not divide batch {rows}"
+                )
 
     @property
     def folder(self) -> epath.Path:

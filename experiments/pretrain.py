@@ -96,8 +96,8 @@ def run(settings: Pretrain) -> loop.Result:
         train, settings, packing=packing, sizes=sizes(settings), images=images
     )
     size = roofline.parameters(config)
-    say(f"{size.total:,} parameters, {size.active:,} of them active for each token")
-    kept = []
+    say(f"{size.total:,} parameters of the decoder, {size.active:,} of them active for each token")
+    kept: Any = []
     if held_out is not None:
         kept = examples.held_out_batches(held_out, settings, packing=packing, images=images)
     sample = hooks.sample(tokenizer, settings.prompts, seed=settings.seed)

@@ -13,13 +13,14 @@ import logging
 import pathlib
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import tyro
 from flax import nnx
 
+import l4jax.data.images as pictures
 from experiments import leaves, saving
 from experiments.console import CONSOLE, say
 from experiments.leaves import Recipe
@@ -215,7 +216,7 @@ def train(
     *,
     trainable: Callable[[str], bool] | None = None,
     every: Sequence[hooks.Function] = (),
-    kept: Sequence[pipeline.Batch] = (),
+    kept: Iterable[pipeline.Batch] = (),
     measure: Objective | None = None,
 ) -> tuple[Training, loop.Result]:
     """Trains to the end, as the leaves say; raises `signals.Stopped` if told to stop before.
@@ -251,8 +252,13 @@ def train(
 
 # --- End -----------------------------------------------------------------------------------------
 def finish(
-    recipe: Recipe, training: Training, tokenizer: Tokenizer, *, export: bool = False
-) -> None:
+    recipe: Recipe,
+    training: Training,
+    tokenizer: Tokenizer,
+    *,
+    export: bool = False,
+    images: pictures.Settings | None = None,
+) -> Llama:
     """Draws the run's curves and saves the model with its tokenizer in `out/model`.
 
     Args:
@@ -260,6 +266,10 @@ def finish(
         training: what it trained; of a model with adapters these are merged, and saved beside it.
         tokenizer: goes with the model.
         export: whether to write Hugging Face's files too, in `out/export`.
+        images: how images become tiles, of a model that did not begin with a checkpoint.
+
+    Returns:
+        The model that was saved.
     """
     folder = recipe.folder
     if jax.process_index() == 0:
@@ -284,10 +294,12 @@ def finish(
             say(f"no adapter for PEFT: {error}")
         model = lora.merge(model)
     origin = getattr(recipe, "checkpoint", None)
-    saving.save_model(model, tokenizer, folder / "model", origin=origin)
+    goes: dict[str, Any] = {"origin": origin, "images": images}
+    saving.save_model(model, tokenizer, folder / "model", **goes)
     if export:
-        saving.save_model(model, tokenizer, folder / "export", to="hf", origin=origin)
+        saving.save_model(model, tokenizer, folder / "export", to="hf", **goes)
     say(f"Model, curves and metrics: {recipe.out}")
+    return model
 
 
 def preset(name: str) -> TextConfig:

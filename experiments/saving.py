@@ -17,12 +17,14 @@ from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 
+import l4jax.data.images as pictures
 from l4jax import checkpoints
 from l4jax.checkpoints import orbax, peft
 from l4jax.checkpoints.formats import model_of
 from l4jax.data import companions, templates
 from l4jax.data.tokenizer import Tokenizer
 from l4jax.models.llama4 import Llama
+from l4jax.models.multimodal import Multimodal
 from l4jax.training import checkpointing, tracking
 
 
@@ -40,6 +42,7 @@ def save_model(
     *,
     to: Literal["orbax", "hf"] = "orbax",
     origin: str | None = None,
+    images: pictures.Settings | None = None,
 ) -> None:
     """Writes a model for `checkpoints.load` and `l4jax generate`, in place of an earlier one.
 
@@ -52,9 +55,10 @@ def save_model(
         folder: of the model; a gs:// address for Orbax's format.
         to: the format.
         origin: the checkpoint that training began with; its licence and settings are copied.
+        images: how images become tiles, where no checkpoint says it.
     """
     if "://" in str(folder):
-        save_at_address(model, tokenizer, folder, origin=origin)
+        save_at_address(model, tokenizer, folder, origin=origin, images=images)
         return
     extra = None
     if to == "hf":
@@ -62,11 +66,16 @@ def save_model(
     with _replaced(folder) as new:
         checkpoints.save(model, new, to=to, extra=extra)
         if jax.process_index() == 0:
-            _complete(new, tokenizer, origin, to)
+            _complete(new, model, tokenizer, origin, to, images)
 
 
 def save_at_address(
-    model: Llama, tokenizer: Tokenizer, folder: epath.Path, *, origin: str | None = None
+    model: Llama,
+    tokenizer: Tokenizer,
+    folder: epath.Path,
+    *,
+    origin: str | None = None,
+    images: pictures.Settings | None = None,
 ) -> None:
     """`save_model` where folders cannot be renamed: each process writes its own arrays there."""
     first = jax.process_index() == 0
@@ -79,15 +88,32 @@ def save_at_address(
         return
     with tempfile.TemporaryDirectory() as name:
         here = pathlib.Path(name)
-        _complete(here, tokenizer, origin, "orbax")
+        _complete(here, model, tokenizer, origin, "orbax", images)
         orbax.write_marker(here, orbax.Marker(model_of(model), {}))
         for file in sorted(here.iterdir(), key=lambda file: file.name == orbax.MARKER):
             (folder / file.name).write_bytes(file.read_bytes())
 
 
-def _complete(folder: pathlib.Path, tokenizer: Tokenizer, origin: str | None, to: str) -> None:
+def _complete(  # noqa: PLR0913 - all that goes with a model
+    folder: pathlib.Path,
+    model: Llama,
+    tokenizer: Tokenizer,
+    origin: str | None,
+    to: str,
+    images: pictures.Settings | None,
+) -> None:
     """Adds what goes with a model to its folder."""
     tokenizer.save(folder)
+    if isinstance(model, Multimodal) and images is not None:
+        vision = model.vision.config
+        files = companions.processor_configs(
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            max_tiles=images.max_tiles,
+            shuffle_ratio=1 / vision.pixel_shuffle,
+        )
+        for name, values in files.items():
+            (folder / name).write_text(json.dumps(values, indent=2))
     if to == "hf" and tokenizer.family and tokenizer.stop_ids:
         (folder / "chat_template.jinja").write_text(templates.chat_template(tokenizer.family))
         settings = companions.generation_config(

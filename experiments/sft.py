@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Any
 
 from experiments import examples, leaves, recipe
 from experiments.console import say, told
@@ -70,7 +71,7 @@ def run(settings: Sft) -> loop.Result:
     recipe.check_vocabulary(tokenizer, config)
     recipe.check_model(settings, config)
     if settings.scorer:
-        check_scorer(settings.scorer, config)
+        check_scorer(settings, settings.scorer, config)
     images = examples.sight(settings, settings.checkpoint, tokenizer)
     train, held_out = examples.mixtures(
         settings,
@@ -86,7 +87,7 @@ def run(settings: Sft) -> loop.Result:
     model, trainable = settings.adapters.apply(model, settings.seed)
     batches = examples.training_batches(train, settings, packing="best_fit", images=images)
     say(f"{batches.efficiency(rows=1000).padding:.1%} of the rows is padding")
-    kept = []
+    kept: Any = []
     if held_out is not None:
         kept = examples.held_out_batches(held_out, settings, packing="best_fit", images=images)
     training, result = recipe.train(
@@ -102,10 +103,13 @@ def run(settings: Sft) -> loop.Result:
     return result
 
 
-def check_scorer(scorer: str, config: TextConfig) -> None:
-    """Whether a scorer is there and reads the tokens of a model of this architecture."""
+def check_scorer(settings: Sft, scorer: str, config: TextConfig) -> None:
+    """Whether a scorer is there and reads what a model of this architecture does."""
     recipe.check_there(scorer, "--scorer")
-    size = checkpoints.read_config(scorer).vocab_size
+    found = checkpoints.read_model(scorer)
+    if settings.files.images and found.vision is None:
+        raise ValueError(f"scorer {scorer}: has no image encoder; leave --images or --scorer out")
+    size = found.text.vocab_size
     if size != config.vocab_size:
         raise ValueError(
             f"scorer {scorer}: has {size} words, the model {config.vocab_size}; it must read the "

@@ -53,6 +53,14 @@ def text_of(rendered):
 
 
 # --- Messages ------------------------------------------------------------------------------------
+def test_images_to_be_cut_later_stand_beside_others():
+    later = images.Picture(b"", (2, 2))
+    rendered = render(user(picture(later), picture(ONE)))
+    assert rendered.tokens == render(user(picture(FOUR), picture(ONE))).tokens
+    assert rendered.images[0] is later
+    assert len(rendered.images[1].tiles) == 1
+
+
 def test_images_stand_where_they_are_said():
     message = user(said("Here: "), picture(FOUR), said("\nor "), picture(ONE), picture(FOUR))
     rendered = render(message, add_generation_prompt=True)

@@ -12,18 +12,13 @@ from toy_recipes import call, lines
 from experiments import digits, leaves
 from experiments.digits import KINDS, TILE, Digits
 from l4jax import checkpoints
+from l4jax.data import images
 
 
 def test_a_run_leaves_answers_and_a_model_that_sees(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    argv = (
-        "--questions=40",
-        "--held-out=9",
-        "--steps=3",
-        "--batch=4",
-        "--evaluate-every=2",
-        "--warmup=1",
-    )
+    argv = ("--questions=40", "--held-out=9", "--steps=3", "--batch=4", "--evaluate-every=2")
+    argv += ("--warmup=1", "--average=0.9", "--workers=1")
     assert call(digits, Digits(), monkeypatch, "--out", out, *argv) == 0
     report = json.loads((out / "report.json").read_text())
     assert report["questions"] == 9
@@ -32,6 +27,11 @@ def test_a_run_leaves_answers_and_a_model_that_sees(tmp_path, monkeypatch):
     with Image.open(out / "answers.png") as drawn:
         assert drawn.width > 1000
     assert "eval_right" in lines(out)[-1]
+    for name in ("model", "export"):
+        vision = checkpoints.read_model(out / name).vision
+        assert images.of_checkpoint(out / name, vision) == images.Settings(
+            tile_size=TILE, max_tiles=2, tokens_per_tile=4
+        )
     one, other = (checkpoints.load(out / name) for name in ("model", "export"))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(one.vision), nnx.state(other.vision))
 

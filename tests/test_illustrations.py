@@ -71,6 +71,10 @@ FORMS = {
         ],
         "image": ["one.png", "four.png"],
     },
+    "tags in parts": {
+        "messages": [user(said("<image>a<image>b")), ANSWER],
+        "images": ["one.png", "four.png"],
+    },
     "prompt and completion": {
         "prompt": "<image>a<image>b",
         "completion": "Noise.",
@@ -142,10 +146,10 @@ def test_all_that_is_said_is_learned_but_no_image():
 
 
 def test_records_without_images_are_as_before():
-    value = {"messages": [{"role": "user", "content": "<image> is a tag"}, ANSWER]}
+    value = {"messages": [{"role": "user", "content": "<image> is a tag"}, ANSWER], "image": ""}
     plain, reading = (Conversations(tokenizer(), images=x) for x in (None, SETTINGS))
     assert plain(value) == reading(value)
-    assert measured(value, SETTINGS) == value
+    assert measured(value, SETTINGS) == {"messages": value["messages"]}
 
 
 def test_stores_hold_the_files(folder):
@@ -205,6 +209,20 @@ def test_stores_hold_the_files(folder):
         ({"prompt": "a", "completion": "b", "images": [b"no image"]}, "no image of a kind"),
         ({"messages": [user(image("no.png")), ANSWER]}, "no.png"),
         ({"instruction": "a", "output": "b", "images": [ONE]}, "needs messages or a prompt"),
+        ({"messages": [user(image(ONE), said("a")), ANSWER], "images": [ONE]}, "lists 1 .* but 0"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "<image> a"},
+                    ANSWER,
+                    {"role": "user", "content": "<image> b"},
+                    ANSWER,
+                ],
+                "images": [ONE],
+            },
+            "more images stand in messages than",
+        ),
+        ({"prompt": "a", "completion": "b", "images": ["https://x.org/a.png"]}, "downloaded"),
     ],
 )
 def test_what_does_not_fit_is_told(value, message):

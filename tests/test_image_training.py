@@ -188,9 +188,24 @@ def test_recipes_train_on_a_users_pictures(files, tmp_path, monkeypatch, recipe,
     found = lines(out)
     assert np.isfinite([line["loss"] for line in found]).all()
     assert np.isfinite(found[-1]["eval_loss"])
+    if recipe is dpo:
+        # Before the first update the model is its own reference, pictures and all.
+        for side in ("chosen", "rejected"):
+            assert abs(found[0][f"{side}_reward"]) < 1e-5
     moved = change(files / "model", out / "model", "vision")
     assert moved > 0 if recipe is pretrain else moved == 0
     assert change(files / "model", out / "model", "layers") > 0
+
+
+def test_the_hardest_pictures_are_kept(files, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert go(sft, sft.Sft(), files, "chats", out, monkeypatch, "--keep-hardest", 0.5) == 0
+    assert "kept 8 of 16 examples" in capsys.readouterr().err
+    plain = tmp_path / "plain"
+    checkpoints.save(checkpoints.load(files / "model", vision=False), plain, to="orbax")
+    more = ("--keep-hardest", 0.5, "--scorer", plain)
+    assert go(sft, sft.Sft(), files, "chats", tmp_path / "more", monkeypatch, *more) == 1
+    assert "plain: has no image encoder; leave --images or" in capsys.readouterr().err
 
 
 def test_reading_again_from_hugging_faces_format(files, tmp_path, monkeypatch):

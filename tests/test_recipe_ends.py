@@ -156,6 +156,12 @@ def test_fine_tuning_is_refused_at_once(tune, tmp_path, unread, capsys, argument
 def test_leaves_that_do_not_go_together_are_bad_usage(train, tune, tmp_path, capsys):
     out = tmp_path / "out"
     assert "weights (0.0,) must be above 0" in usage(capsys, train, out, "--weights", 0)
+    words = "image_folder photos belongs to --images"
+    assert words in usage(capsys, tune, out, "--image-folder", "photos")
+    words = "accumulate 2 does not divide batch 3"
+    assert words in usage(capsys, train, out, "--ramp", "0:2", "2:3", "--accumulate=2")
+    words = "quantize int8: Hugging Face's files are written of plain weights only"
+    assert words in usage(capsys, tune, out, "--rank=2", "--quantize=int8", "--export")
     words = "out s3://bucket/x: a run is kept in a folder or at a gs:// address"
     assert words in usage(capsys, train, "s3://bucket/x")
     words = "of a model at an address l4jax convert gs://b/x/model FOLDER --to hf makes the same"

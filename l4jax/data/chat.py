@@ -147,10 +147,12 @@ def _tiled(
 ) -> tuple[pictures.Tiled | pictures.Picture, ...]:
     """The images of all turns; they are worked on together, unless they are to be cut later."""
     found = [part for turn in turns for part in turn.contents if isinstance(part, _Image)]
-    if all(isinstance(part.source, pictures.Picture) for part in found):
-        return tuple(part.source for part in found)
-    names = [f"{part.where} ({pictures.title(part.source)})" for part in found]
-    return tuple(pictures.process([part.source for part in found], settings, names=names))
+    cut = [part for part in found if not isinstance(part.source, pictures.Picture)]
+    names = [f"{part.where} ({pictures.title(part.source)})" for part in cut]
+    tiled = iter(pictures.process([part.source for part in cut], settings, names=names))
+    return tuple(
+        part.source if isinstance(part.source, pictures.Picture) else next(tiled) for part in found
+    )
 
 
 class _Writer:

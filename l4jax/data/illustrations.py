@@ -35,7 +35,8 @@ _ANSWERS = ("completion", "edited", "chosen", "rejected")
 def named(value: Mapping[str, Any]) -> list[Any]:
     """The images that a record lists beside its texts."""
     given: Any = next((value[x] for x in ("images", "image") if value.get(x) is not None), [])
-    return list(given) if isinstance(given, Sequence) and not _single(given) else [given]
+    given = [given] if _single(given) or not isinstance(given, Sequence) else given
+    return [image for image in given if image is not None and image != ""]
 
 
 def measured(value: Mapping[str, Any], settings: Settings, folder: str = "") -> dict[str, Any]:
@@ -53,18 +54,18 @@ def measured(value: Mapping[str, Any], settings: Settings, folder: str = "") -> 
     found = {name: item for name, item in value.items() if name not in ("images", "image")}
     prompts = [name for name in _PROMPTS if found.get(name) is not None]
     answers = [name for name in _ANSWERS if found.get(name) is not None]
-    if listed and not any(_places(found[name]) for name in (*prompts, *answers)):
+    if listed and not any(_shows(found[name]) for name in (*prompts, *answers)):
         if not prompts:
             raise ValueError("a record with images beside its texts needs messages or a prompt")
         found[prompts[0]] = _in_front(found[prompts[0]], listed)
         listed = []
     waiting = list(listed)
     for name in prompts:
-        found[name] = _Filler(waiting, settings, folder, name).turns(found[name])
+        found[name] = _Filler(waiting, bool(listed), settings, folder, name).turns(found[name])
     most = len(listed) - len(waiting)
     for name in answers:  # of which each is another end of the same conversation
         rest = list(waiting)
-        found[name] = _Filler(rest, settings, folder, name).turns(found[name])
+        found[name] = _Filler(rest, bool(listed), settings, folder, name).turns(found[name])
         most = max(most, len(listed) - len(rest))
     if most < len(listed):
         raise ValueError(f"the record lists {len(listed)} images, but {most} stand in its messages")
@@ -86,24 +87,19 @@ def beside(value: Mapping[str, Any], settings: Settings, folder: str = "") -> li
 
 
 # --- Where images stand --------------------------------------------------------------------------
-def _contents(turns: Any) -> Iterator[Any]:
-    """What the messages say; a text alone is what one message says."""
+def _parts(turns: Any) -> Iterator[Any]:
+    """The parts of what messages say; a text alone is what one message says."""
     if isinstance(turns, str):
         yield turns
     for message in [turns] if isinstance(turns, Mapping) else turns if _is_list(turns) else ():
         if isinstance(message, Mapping):
-            yield message.get("content", message.get("value"))
+            content = message.get("content", message.get("value"))
+            yield from content if _is_list(content) else [content]
 
 
-def _places(turns: Any) -> int:
-    """How many images stand in messages without saying which."""
-    count = 0
-    for content in _contents(turns):
-        if isinstance(content, str):
-            count += len(_PLACE.findall(content))
-        elif _is_list(content):
-            count += sum(_is_image(part) and _source(part) is None for part in content)
-    return count
+def _shows(turns: Any) -> bool:
+    """Whether images stand in messages."""
+    return any(_is_image(part) or _PLACE.search(_said(part) or "") for part in _parts(turns))
 
 
 def _in_front(turns: Any, listed: list[Picture]) -> Any:
@@ -127,9 +123,13 @@ def _in_front(turns: Any, listed: list[Picture]) -> Any:
 
 @dataclasses.dataclass
 class _Filler:
-    """Puts pictures into messages; those that are not named come from `waiting`, in order."""
+    """Puts pictures into messages; those that are not named come from `waiting`, in order.
+
+    listed: whether the record lists images; without, `<image>` in a text is just that.
+    """
 
     waiting: list[Picture]
+    listed: bool
     settings: Settings
     folder: str
     where: str
@@ -152,23 +152,27 @@ class _Filler:
 
     def content(self, given: Any) -> Any:
         if _is_list(given):
-            return [self.part(x) for x in given]
-        if not (isinstance(given, str) and self.waiting and _PLACE.search(given)):
+            return [made for part in given for made in self.part(part)]
+        if not (isinstance(given, str) and self.listed and _PLACE.search(given)):
             return given
+        return self.cut(given)
+
+    def cut(self, given: str) -> list[dict[str, Any]]:
         first, *pieces = _PLACE.split(given)
         made: list[dict[str, Any]] = [{"type": "text", "text": first}]
         for piece in pieces:
             made += [{"type": "image", "image": self.next()}, {"type": "text", "text": piece}]
         return [part for part in made if part.get("text") != ""]
 
-    def part(self, given: Any) -> Any:
+    def part(self, given: Any) -> list[Any]:
         if not _is_image(given):
-            return given
+            text = _said(given)
+            return self.cut(text) if self.listed and text and _PLACE.search(text) else [given]
         source = _source(given)
         if source is None:
-            return {"type": "image", "image": self.next()}
+            return [{"type": "image", "image": self.next()}]
         picture = _picture(source, self.settings, self.folder, self.where)
-        return {"type": "image", "image": picture}
+        return [{"type": "image", "image": picture}]
 
     def next(self) -> Picture:
         if not self.waiting:
@@ -178,6 +182,12 @@ class _Filler:
 
 def _is_list(given: Any) -> bool:
     return isinstance(given, list | tuple)
+
+
+def _said(part: Any) -> str | None:
+    """The text of a part, or a text itself."""
+    text = part.get("text") if isinstance(part, Mapping) else part
+    return text if isinstance(text, str) else None
 
 
 def _is_image(part: Any) -> bool:
@@ -204,6 +214,8 @@ def _picture(source: Any, settings: Settings, folder: str, where: str) -> Pictur
     if isinstance(source, Mapping):  # as `datasets` keeps it
         source = source.get("bytes") if source.get("bytes") is not None else source.get("path")
     if isinstance(source, str | os.PathLike) and not str(source).startswith("data:"):
+        if "://" in str(source):
+            pictures.read(source, name=where)  # says that nothing is downloaded
         path = pathlib.Path(folder) / source
         if not path.is_file():
             raise ValueError(f"{where} ({path}): no such file")

@@ -63,6 +63,8 @@ def tokenize(
 ) -> Store:
     """The store of a source's records; the one that is there already, if nothing changed.
 
+    Images that records name are kept as they are now: that their files change later is not noticed.
+
     Args:
         source: the records.
         encode: an encoder of `conversations`, or what has its `tokenizer`, `settings()` and call.

@@ -219,7 +219,7 @@ def _seen(
         raise ValueError("this model reads text only: it has no vision encoder for images")
     tiles, given = np.asarray(images.tiles), np.asarray(images.places)
     (b, longest), shape = (len(counts), int(counts.max())), given.shape
-    if shape[0] != b or shape[1] < longest:
+    if len(shape) != 2 or shape[0] != b or shape[1] < longest:
         raise ValueError(
             f"places of shape {shape} do not fit prompts of shape {(b, longest)}: there must be "
             f"one for each token"
@@ -229,6 +229,8 @@ def _seen(
         raise ValueError(
             f"place {given.max()} is beyond the {features} features of {len(tiles)} tiles"
         )
+    if not len(tiles):
+        return None
     places = np.full(prompts.shape, _NONE, np.int32)
     places[:, :longest] = given[:, :longest]
     few = max(1, 2 ** (len(tiles) - 1).bit_length() // 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +45,7 @@ def every(n: int | None, function: Function) -> Hook:
     return Hook(lambda step, last: n is not None and (last or step % n == 0), function)
 
 
-def evaluate(objective: Objective, batches: Sequence[Batch], *, prefix: str = "eval_") -> Function:
+def evaluate(objective: Objective, batches: Iterable[Batch], *, prefix: str = "eval_") -> Function:
     """The objective's scalar metrics over held-out batches, as `eval_loss` and so on."""
     measure = evaluator(objective)
 

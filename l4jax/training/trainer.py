@@ -190,7 +190,7 @@ class Update:
             )
             return jax.tree.map(jnp.add, total, new), None
 
-        whole = {n: x for n, x in batch.items() if n not in TILES and not _has_rows(x, rows)}
+        whole = {n: x for n, x in batch.items() if n != TILES and not _has_rows(x, rows)}
         pieces = {name: cut(x) for name, x in batch.items() if name not in whole}
         first = {**whole, **jax.tree.map(lambda x: x[0], pieces)}
         zeros = jax.tree.map(
@@ -326,8 +326,8 @@ def spread(batch: Batch) -> Batch:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return x
         shape, place = np.shape(x), NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
-        if token is not None and (name in TILES or _has_rows(x, rows)):
-            tokens = name not in TILES and len(shape) > 1 and shape[1] == length
+        if token is not None and (name == TILES or _has_rows(x, rows)):
+            tokens = name != TILES and len(shape) > 1 and shape[1] == length
             place = token if tokens else NamedSharding(token.mesh, PartitionSpec(*token.spec[:1]))
             shape = (shape[0] * parts, *shape[1:])
         if jax.process_count() == 1:
@@ -356,8 +356,8 @@ def batch_sharding(rows: int, length: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(batch or None, *context))
 
 
-TILES = ("tiles",)
-"""Arrays of a batch that are of images, not of rows."""
+TILES = "tiles"
+"""An array of a batch that is of images, not of rows."""
 
 
 def _size(batch: Batch) -> tuple[int, int]:
