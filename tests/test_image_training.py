@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 from image_toys import encoded, noise, tokenizer
+from test_distributed import spawn
 from toy_recipes import call, lines
 from vision_toys import VISION, model_of
 
@@ -158,13 +159,17 @@ def files(tmp_path_factory):
     return folder
 
 
-def go(recipe, default, files, data, out, monkeypatch, *more):
-    return call(
-        *(recipe, default, monkeypatch, "--out", out, "--checkpoint", files / "model"),
+def arguments(files, data, out, *more):
+    return (
+        *("--out", out, "--checkpoint", files / "model"),
         *("--data", files / f"{data}.jsonl", "--eval-data", files / f"{data}.jsonl"),
         *("--images", "--image-folder", files, "--length=256", "--batch=4", "--steps=3"),
         *("--evaluate-every=3", "--checkpoint-every=2", "--warmup=1", "--too-long=raise", *more),
     )
+
+
+def go(recipe, default, files, data, out, monkeypatch, *more):
+    return call(recipe, default, monkeypatch, *arguments(files, data, out, *more))
 
 
 def change(before, after, prefix):
@@ -229,3 +234,21 @@ def test_what_cannot_see_says_so(files, tmp_path, monkeypatch, capsys):
     told = " ".join(capsys.readouterr().err.split())
     assert "its image encoder is left out; --images keeps it" in told
     assert "chats.jsonl:4: the record has images, and the model reads text only" in told
+
+
+@pytest.mark.parametrize(
+    ("recipe", "default", "data"), [(sft, sft.Sft(), "chats"), (dpo, dpo.Dpo(), "pairs")]
+)
+def test_two_processes_train_as_one_does(files, tmp_path, monkeypatch, recipe, default, data):
+    """Each makes half of the tiles, whichever rows they are for."""
+    more = ("--mesh=data=2", "--accumulate=2")
+    assert go(recipe, default, files, data, tmp_path / "one", monkeypatch, *more) == 0
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    argv = arguments(files, data, tmp_path / "two", *more)
+    ended = spawn(tmp_path, 2, "-m", recipe.__name__, *argv)
+    assert ended.statuses == [0, 0], ended.outputs
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        for name in ("loss", "grad_norm", "eval_loss", "eval_accuracy"):
+            if name in one:
+                assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
