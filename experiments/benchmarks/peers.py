@@ -55,6 +55,8 @@ def arguments(description: str, **defaults: int) -> argparse.Namespace:
     # Read by JAX when it is first imported. Its GPU allocator would leave torch nothing.
     os.environ["JAX_PLATFORMS"] = args.device
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if args.device == "cuda":  # XLA tries out Triton's products for minutes before the first step
+        os.environ.setdefault("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")
     return args
 
 
