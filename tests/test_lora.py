@@ -281,7 +281,9 @@ def test_unrolled_layers_take_the_step_of_stacked_ones(axes):
     close(stacked, gradients, 8e-6)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "scheme", ["int4", *(pytest.param(x, marks=pytest.mark.slow) for x in ("int8", "fp8"))]
+)
 def test_adapters_beside_a_quantized_base(scheme):
     model = adapted("llama4-scout", scheme=scheme)
     loss, gradients, after = alone("llama4-scout", scheme)

@@ -74,7 +74,7 @@ def measure(name, axes):
     ("name", "axes"),
     [
         ("dpo", {"tensor": 2, "fsdp": 2, "context": 2}),
-        ("distill", {"tensor": 2, "fsdp": 2, "expert": 2}),
+        pytest.param("distill", {"tensor": 2, "fsdp": 2, "expert": 2}, marks=pytest.mark.slow),
         ("ranking", {"tensor": 2, "fsdp": 2, "context": 2}),
         ("next_token", {"tensor": 2, "context": 2, "expert": 2}),
     ],

@@ -330,7 +330,10 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    ["muon", "adafactor", *(pytest.param(x, marks=pytest.mark.slow) for x in ("adamw", "lion"))],
+)
 def test_states_lie_beside_their_parameters_on_a_mesh(name):
     """What is planned without arrays is where the arrays are, before and after steps."""
     optimizer = optimizers.make(name, lambda _: 0.01, **MIXED[name])

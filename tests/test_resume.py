@@ -85,7 +85,7 @@ def test_a_run_killed_at_ten_moments_writes_the_same(start, whole, tmp_path):
     killed_often(start, whole, tmp_path / "run", 10)
 
 
-@pytest.mark.parametrize("when", ["begun", "written"])
+@pytest.mark.parametrize("when", [pytest.param("begun", marks=pytest.mark.slow), "written"])
 def test_a_checkpoint_that_is_half_written_is_none(start, whole, tmp_path, when):
     """At the save of step 12 the run is killed; it goes on from step 8."""
     out = tmp_path / "run"

@@ -114,6 +114,7 @@ def test_a_reward_model_has_a_decoder_and_a_small_head_and_leaves_its_start_alon
     assert routing.load.shape[0] == 2
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_head_lies_with_the_decoder_and_learns():
     """Made in place, or from a model that lies there."""
     lies = PartitionSpec(("fsdp", "expert", "context"))

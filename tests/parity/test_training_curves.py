@@ -119,6 +119,9 @@ def our_curve(model, objective, batches):
     return np.array([float(line["loss"]) for line in training.run(batches, STEPS)])
 
 
+@pytest.mark.parametrize(
+    "pair", ["scout", pytest.param("llama 3", marks=pytest.mark.slow)], indirect=True
+)
 def test_supervised_fine_tuning(pair):
     theirs, ours = pair
     batches = []
@@ -139,6 +142,9 @@ def test_supervised_fine_tuning(pair):
     np.testing.assert_allclose(found, expected, rtol=DRIFT)
 
 
+@pytest.mark.parametrize(
+    "pair", [pytest.param("scout", marks=pytest.mark.slow), "llama 3"], indirect=True
+)
 def test_direct_preference_optimization(pair):
     """One pair in a row on our side, one answer in a row on theirs."""
     theirs, ours = pair

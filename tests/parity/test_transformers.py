@@ -252,7 +252,9 @@ def test_the_text_part_of_a_model_with_vision_is_its_language_model(tmp_path):
     assert relative(outputs(ours, tokens()).logits, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["scout", "maverick", "llama 3.1"])
+@pytest.mark.parametrize(
+    "name", ["scout", pytest.param("maverick", marks=pytest.mark.slow), "llama 3.1"]
+)
 def test_greedy_tokens_are_the_same_for_64_steps(name, pair_of):
     """From prompts within a chunk and beyond several; the two best logits are never close."""
     from l4jax.inference.decoding import generate
