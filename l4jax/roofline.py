@@ -80,6 +80,17 @@ def vision_parameters(config: VisionConfig, text_dim: int) -> int:
     return patches + 4 * d + layers + adapter + out * text_dim
 
 
+def vision_flops(config: VisionConfig, text_dim: int) -> int:
+    """Operations of the image encoder, forward, for one tile: all its patches see each other."""
+    d, out, squares = config.embed_dim, config.output_dim, config.side**2
+    seen = squares + 1
+    layer = 2 * (4 * d * d + 2 * d * config.mlp_dim) * seen + 4 * d * seen**2
+    patches = 2 * config.channels * config.patch_size**2 * d * squares
+    merged = config.pixel_shuffle**2
+    adapter = 2 * (merged * d * out + out * out + out * text_dim) * (squares // merged)
+    return patches + config.num_layers * layer + adapter
+
+
 def kv_bytes(config: TextConfig, context: int, *, dtype: str = "bfloat16") -> int:
     """Bytes of one row's key-value cache at `context` tokens; chunked layers hold one chunk."""
     a = config.attention

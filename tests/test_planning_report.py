@@ -13,8 +13,9 @@ import jax
 import matplotlib.figure
 import pytest
 
-from l4jax import cli, presets
-from l4jax.planning import chips, compiler, hlo, meshes, plan
+from l4jax import cli, presets, roofline, sharding
+from l4jax.config import Execution
+from l4jax.planning import chips, compiler, hlo, meshes, plan, programs
 from tpu.plans import __main__ as plans
 
 needs_libtpu = pytest.mark.skipif(
@@ -79,6 +80,16 @@ def optimized():
         ),
         (("--topology", "v5p:2x2x1", "--search", "--measure"), "do not go together"),
         (("--topology", "v5p:2x2x1", "--search", "--limit", "0"), "limit 0 must be at least 1"),
+        (("--topology", "v5p:2x2x1", "--tiles", "-1"), "tiles -1 must be at least 0"),
+        (
+            ("--topology", "v5p:2x2x1", "--seq", "70", "--tiles", "18"),
+            "18 tiles of 4 tokens are more than the 70 of a sequence: at most 17 tiles",
+        ),
+        (
+            ("--topology", "v5p:2x2x1", "--task", "decode", "--tiles", "1"),
+            "a decode step reads no images",
+        ),
+        (("--topology", "v5p:2x2x1", "--freeze-vision"), "is for training with --tiles"),
     ],
 )
 def test_bad_usage_is_one_clear_line(run, options, message):
@@ -374,6 +385,43 @@ def test_a_training_step_of_a_small_scout_compiles_for_a_tpu(run, optimized, tmp
     assert found["idle_loops"] > 0, f"the exchange's loop is to be in the scope {hlo.IDLE}"
     assert (found["open_loops"], found["uncounted_kernels"]) == ([], [])
     assert found["compile_seconds"]["cpu"] > 0
+
+
+@needs_libtpu
+def test_the_image_encoder_is_part_of_the_step(optimized, run):
+    """Its bytes by arithmetic; that it is computed, the compiler's products show."""
+    vision = presets.get("tiny-llama4-scout").vision
+    size = 4 * roofline.vision_parameters(vision, presets.get(TINY[1]).make().embed_dim)
+    mesh = meshes.parse("data=4")
+
+    def request(task="train", **options):
+        return plan.Request(
+            preset=TINY[1], topology=chips.parse("v5p:2x2x1"), task=task, length=64, **options
+        )
+
+    def held(*arguments, **options):
+        asked = request(*arguments, **options)
+        devices = sharding.make_mesh(compiler.devices(asked.topology), **mesh)
+        how = Execution(dtype="bfloat16")
+        return programs.program(asked.config, asked.work, execution=how, mesh=devices).bytes()
+
+    text, seen, frozen = held(), held(tiles=3), held(tiles=3, freeze_vision=True)
+    assert seen["parameters"] - text["parameters"] == size
+    assert seen["optimizer"] - text["optimizer"] == 2 * size
+    assert frozen == {"parameters": seen["parameters"], "optimizer": text["optimizer"]}
+    served = held("prefill", tiles=3)["parameters"] - held("prefill")["parameters"]
+    assert served == size // 2
+    estimates = [
+        meshes.estimate(asked.config, asked.topology, asked.work, mesh, "full").gib * 2**30
+        for asked in (request(), request(tiles=3, freeze_vision=True), request(tiles=3))
+    ]
+    assert estimates[1] - estimates[0] > size
+    assert estimates[2] - estimates[1] >= 2 * size
+    found, more = (plan.compiled(request("prefill", tiles=n), mesh, "none")[0] for n in (0, 3))
+    tile = roofline.vision_flops(vision, request().config.embed_dim)
+    assert more["flops"]["ideal"] - found["flops"]["ideal"] == 3 * tile
+    assert 0.95 < (more["flops"]["products"] - found["flops"]["products"]) / (3 * tile) < 1.6
+    assert more["tiles"] == 3
 
 
 # --- The recorded table --------------------------------------------------------------------------

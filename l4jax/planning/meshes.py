@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple, get_args
 
 from l4jax import roofline, sharding
-from l4jax.config import Remat, TextConfig
+from l4jax.config import Remat, TextConfig, VisionConfig
 from l4jax.planning.chips import GIB, Topology
 
 Task = Literal["train", "sft", "dpo", "prefill", "decode"]
@@ -24,6 +24,16 @@ TASKS: tuple[Task, ...] = get_args(Task)
 UPDATES: tuple[Task, ...] = ("train", "sft", "dpo")
 """Those with a backward pass."""
 Sizes = Mapping[str, int]
+
+
+class Pictures(NamedTuple):
+    """The images of a step, and the encoder that reads them."""
+
+    config: VisionConfig
+    tiles: int
+    """Of each sequence."""
+    frozen: bool
+    """Whether the encoder is not trained."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +47,7 @@ class Work:
     """Tokens of each; of decoding, tokens of context."""
     weight_bytes: float = 2.0
     """Of each parameter when serving."""
+    images: Pictures | None = None
 
     @property
     def trains(self) -> bool:
@@ -217,7 +228,8 @@ class _Held(NamedTuple):
 
 def _memory(config: TextConfig, work: Work, sizes: Sizes, remat: Remat) -> _Held:
     counts, tensor = roofline.parameters(config), sizes["tensor"]
-    others = (counts.total - counts.routed) / tensor
+    encoder = _encoder(config, work)
+    others = (counts.total - counts.routed + encoder) / tensor
     experts = counts.routed / (tensor * sizes["expert"])
     spread = _product(sizes, *work.rules["embed"]), _product(sizes, *work.rules["expert_embed"])
     held = others / spread[0] + experts / spread[1]
@@ -229,7 +241,7 @@ def _memory(config: TextConfig, work: Work, sizes: Sizes, remat: Remat) -> _Held
         cache = here * roofline.kv_bytes(config, work.length) / share
         if work.task == "decode":
             cache *= _padding(config)
-        passing = 8 * tokens * config.embed_dim + 2 * 2 * layer
+        passing = 8 * tokens * config.embed_dim + 2 * 2 * layer + _patches(work, sizes, "full")
         return _Held(work.weight_bytes * held, 0.0, cache, passing)
     widths = _kept_widths(config, remat)
     kept = 2 * tokens * (config.num_layers * (config.embed_dim + widths / tensor))
@@ -238,7 +250,33 @@ def _memory(config: TextConfig, work: Work, sizes: Sizes, remat: Remat) -> _Held
     head = config.vocab_size * config.embed_dim / tensor
     working = 4 * held + 3 * 2 * (layer + head)
     working += 2 * tokens * 3 * _widths(config) / tensor
-    return _Held(4 * held, 8 * held, 0.0, kept + working)
+    kept += _patches(work, sizes, remat)
+    frozen = encoder / tensor / spread[0] if work.images is not None and work.images.frozen else 0.0
+    return _Held(4 * held, 8 * (held - frozen), 0.0, kept + working)
+
+
+def _encoder(config: TextConfig, work: Work) -> int:
+    """Parameters of the image encoder, where there is one."""
+    if work.images is None:
+        return 0
+    return roofline.vision_parameters(work.images.config, config.embed_dim)
+
+
+def _patches(work: Work, sizes: Sizes, remat: Remat) -> float:
+    """Bytes of what a device's tiles need: their pixels and each layer's input, if that is kept,
+    and what a layer at work, or every layer, makes of each patch."""
+    if work.images is None:
+        return 0.0
+    c = work.images.config
+    tiles = work.batch * work.images.tiles / _product(sizes, *sharding.BATCH, "context")
+    tokens = tiles * (c.side**2 + 1)
+    inside = 2 * tokens * (6 * c.embed_dim + 2 * c.mlp_dim + 3 * c.num_heads * (c.side**2 + 1))
+    layers = c.num_layers if work.trains and not work.images.frozen else 1
+    return (
+        4 * tiles * c.channels * c.image_size**2
+        + 2 * tokens * layers * c.embed_dim
+        + inside * (layers if remat == "none" else 1)
+    )
 
 
 def _padding(config: TextConfig) -> float:
@@ -299,12 +337,18 @@ def ideal_flops(config: TextConfig, work: Work) -> float:
     """Operations of the model in one step of all devices, nothing computed twice."""
     if work.task == "decode":
         return float(work.batch * roofline.forward_flops(config, work.length))
+    encoded = 0.0
+    if work.images is not None:
+        tile = roofline.vision_flops(work.images.config, config.embed_dim)
+        backward = work.trains and not work.images.frozen
+        encoded = float(tile * work.batch * work.images.tiles * (3 if backward else 1))
     training = float(work.tokens * roofline.training_flops(config, work.length))
     if work.trains:
-        return training
+        return training + encoded
     # A prompt's last token alone needs the head.
     counts = roofline.parameters(config)
-    return training / 3 - 2 * (counts.head or counts.embedding) * (work.tokens - work.batch)
+    head = 2 * (counts.head or counts.embedding) * (work.tokens - work.batch)
+    return training / 3 - head + encoded
 
 
 def _wire(
@@ -312,7 +356,7 @@ def _wire(
 ) -> tuple[float, float]:
     """Bytes that a device sends within a slice and between slices."""
     counts, tensor, expert = roofline.parameters(config), sizes["tensor"], sizes["expert"]
-    others = (counts.total - counts.routed) / tensor
+    others = (counts.total - counts.routed + _encoder(config, work)) / tensor
     experts = counts.routed / (tensor * expert)
     passes = 3 if work.trains else 1
     weight = 2.0 if work.trains else work.weight_bytes

@@ -18,6 +18,7 @@ import jax
 
 from l4jax import presets, sharding
 from l4jax.config import Execution, Remat, TextConfig
+from l4jax.models.vision import tile_features
 from l4jax.planning import compiler, counting, measuring, meshes, programs, timing
 from l4jax.planning.chips import GIB, Topology
 from l4jax.planning.meshes import Task, Work
@@ -42,6 +43,10 @@ class Request:
     """Sequences in a step of all devices; by default one for each device."""
     length: int | None = None
     """Tokens of a sequence, of decoding those in the cache; by default 8192, or all it allows."""
+    tiles: int = 0
+    """Of images in each sequence; with any, the image encoder is part of the step."""
+    freeze_vision: bool = False
+    """Leave the image encoder as it is."""
     price: float | None = None
     """Of a chip and hour."""
 
@@ -59,6 +64,26 @@ class Request:
             raise ValueError(f"{self.length} tokens are more than the model's {limit}")
         if self.remat is not None and not self.work.trains:
             raise ValueError(f"remat is for training: a {self.task} step has no backward pass")
+        self._check_images()
+
+    def _check_images(self) -> None:
+        if self.tiles < 0:
+            raise ValueError(f"tiles {self.tiles} must be at least 0")
+        if self.freeze_vision and not (self.tiles and self.task in meshes.UPDATES):
+            raise ValueError("--freeze-vision is for training with --tiles")
+        if not self.tiles:
+            return
+        vision = presets.get(self.preset).vision
+        if vision is None:
+            raise ValueError(f"{self.preset} reads text only: it has no encoder for --tiles")
+        if self.task == "decode":
+            raise ValueError("a decode step reads no images: they are in the cache; leave --tiles")
+        each, length = tile_features(vision), self.work.length
+        if self.tiles * each > length:
+            raise ValueError(
+                f"{self.tiles} tiles of {each} tokens are more than the {length} of a sequence: "
+                f"at most {length // each} tiles"
+            )
 
     @property
     def config(self) -> TextConfig:
@@ -70,7 +95,10 @@ class Request:
         """What a step does, defaults filled in."""
         length = min(8192, self.config.max_context) if self.length is None else self.length
         batch = meshes.rows(self.task, self.topology) if self.batch is None else self.batch
-        return Work(task=self.task, batch=batch, length=length)
+        vision, images = presets.get(self.preset).vision, None
+        if self.tiles and vision is not None:
+            images = meshes.Pictures(vision, self.tiles, self.freeze_vision)
+        return Work(task=self.task, batch=batch, length=length, images=images)
 
     def layout(self) -> tuple[dict[str, int], Remat]:
         """The mesh and what is kept for the backward pass: as asked, or as `meshes` recommends.
@@ -127,14 +155,8 @@ def compiled(
     topology, work = request.topology, request.work
     versions = compiler.versions()
     mesh = sharding.make_mesh(devices or compiler.devices(topology), **sizes)
-    program = programs.program(
-        request.config,
-        work.task,
-        batch=work.batch,
-        seq=work.length,
-        execution=Execution(dtype="bfloat16", remat=remat),
-        mesh=mesh,
-    )
+    execution = Execution(dtype="bfloat16", remat=remat)
+    program = programs.program(request.config, work, execution=execution, mesh=mesh)
     try:
         found = compiler.compile(program, mesh)
     except compiler.Failed as error:
@@ -151,6 +173,7 @@ def compiled(
         "remat": remat if work.trains else None,
         "batch": work.batch,
         "length": work.length,
+        **({"tiles": request.tiles, "freeze_vision": request.freeze_vision} if work.images else {}),
     }
     if isinstance(found, compiler.TooLarge):
         _keep(found.text, out)

@@ -18,7 +18,8 @@ from l4jax.config import Execution, TextConfig
 from l4jax.inference import decoding
 from l4jax.inference.sampling import Sampling
 from l4jax.models.llama4 import Llama, cache_specs
-from l4jax.planning.meshes import UPDATES, Task
+from l4jax.models.multimodal import Images, Multimodal
+from l4jax.planning.meshes import UPDATES, Pictures, Work
 from l4jax.training import objectives, optimizers, schedules
 from l4jax.training.trainer import Update, batch_sharding, compiled
 
@@ -55,41 +56,48 @@ class Program:
         return {name: _bytes(tree) for name, tree in self.parts.items()}
 
 
-def program(
-    config: TextConfig, task: Task, *, batch: int, seq: int, execution: Execution, mesh: Mesh
-) -> Program:
+def program(config: TextConfig, work: Work, *, execution: Execution, mesh: Mesh) -> Program:
     """The step of a task.
 
     Args:
         config: the architecture.
-        task: "train" reads rows of one document each, "sft" packed rows with masks, "dpo" packed
-            pairs with what their reference says of them, computed before; all update float32
-            parameters with AdamW in float32. "prefill" fills a cache with prompts, "decode" adds
-            `STEPS` tokens to each context; both hold parameters in the type they compute in.
-        batch: rows.
-        seq: tokens of a row, or of a context.
+        work: its task, rows, tokens and images. "train" reads rows of one document each, "sft"
+            packed rows with masks, "dpo" packed pairs with what their reference says of them,
+            computed before; all update float32 parameters with AdamW in float32. "prefill" fills a
+            cache with prompts, "decode" adds `STEPS` tokens to each context; both hold parameters
+            in the type they compute in.
+            Tiles of images come as float32 pixels, on the devices that read their rows.
         execution: how the model computes.
         mesh: of devices that may belong to nobody here.
     """
-    rules = sharding.TRAINING if task in UPDATES else sharding.SERVING
+    task, rules = work.task, work.rules
     if task == "decode":
         # A loop over layers would copy each one's experts for the kernels, at every step.
         execution = dataclasses.replace(execution, scan=False)
     with sharding.use(mesh, rules):
-        model = nnx.eval_shape(lambda: Llama(config, execution=execution, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: _model(config, work.images, execution))
         if task in UPDATES:
-            function, arguments, parts = _update(model, batch, seq, task)
+            function, arguments, parts = _update(model, work)
             return Program(mesh, rules, function, arguments, {}, parts)
         model = _placed(model, execution.dtype)
         make = _prefill if task == "prefill" else _decode
-        function, arguments, static, parts = make(model, batch, seq)
+        function, arguments, static, parts = make(model, work)
         return Program(mesh, rules, function, (model, *arguments), static, parts)
 
 
-def _update(model: Llama, batch: int, seq: int, task: Task) -> tuple[Callable, tuple, dict]:
+def _model(config: TextConfig, images: Pictures | None, execution: Execution) -> Llama:
+    if images is None:
+        return Llama(config, execution=execution, rngs=nnx.Rngs(0))
+    return Multimodal(config, images.config, execution=execution, rngs=nnx.Rngs(0))
+
+
+def _update(model: Llama, work: Work) -> tuple[Callable, tuple, dict]:
+    batch, seq, task, images = work.batch, work.length, work.task, work.images
     schedule = schedules.warmup_cosine(1e-4, steps=10_000, warmup=100)
     objective = objectives.dpo() if task == "dpo" else objectives.next_token()
-    update = Update(model, objective, optimizers.adamw(schedule))
+    frozen = images is not None and images.frozen
+    trainable = (lambda name: not name.startswith("vision.")) if frozen else None
+    update = Update(model, objective, optimizers.adamw(schedule), trainable=trainable)
     state, place = update.abstract(), batch_sharding(batch, seq)
     kinds: dict[str, Any] = {"tokens": np.int32}
     if task != "train":
@@ -98,35 +106,50 @@ def _update(model: Llama, batch: int, seq: int, task: Task) -> tuple[Callable, t
         name: jax.ShapeDtypeStruct((batch, seq), kind, sharding=place)
         for name, kind in kinds.items()
     }
+    if images is not None:
+        rows["tiles"] = _tiles(images, batch * images.tiles, *place.spec[:1])
+        rows["places"] = jax.ShapeDtypeStruct((batch, seq), np.int32, sharding=place)
     if task == "dpo":
         rows["reference"] = _array((batch, _SEGMENTS), np.float32, *place.spec[:1])
     parts = {"parameters": state.params, "optimizer": state.optimizer}
     return compiled(update), (state, rows), parts
 
 
-def _prefill(model: Llama, batch: int, seq: int) -> tuple[Callable, tuple, dict, dict]:
+def _prefill(model: Llama, work: Work) -> tuple[Callable, tuple, dict, dict]:
+    batch, seq = work.batch, work.length
     rows, context = sharding.token_axes(batch, seq)
-    arguments = (
+    arguments: tuple[Any, ...] = (
         _array((batch, seq), np.int32, rows or None, context or None),
         _array((batch,), np.int32, rows or None),
         _array((), _key_type()),
         _array((_STOPS,), np.int32),
     )
     static = {"sampling": Sampling(temperature=0.0, top_k=None, top_p=1.0), "context": seq}
+    if work.images is not None:
+        tiles = batch * work.images.tiles
+        cut, _ = sharding.token_axes(tiles)
+        places = _array((batch, seq), np.int32, rows or None, context or None)
+        static["images"] = Images(_tiles(work.images, tiles, cut or None), places)
     return decoding.prefill, arguments, static, {"parameters": model}
 
 
-def _decode(model: Llama, batch: int, seq: int) -> tuple[Callable, tuple, dict, dict]:
+def _decode(model: Llama, work: Work) -> tuple[Callable, tuple, dict, dict]:
+    batch, seq = work.batch, work.length
     rows, _ = sharding.token_axes(batch)
     shapes = jax.eval_shape(lambda: model.empty_cache(batch, seq))
     places = cache_specs(shapes, PartitionSpec(rows or None))
     cache = jax.tree.map(lambda x, spec: _array(x.shape, x.dtype, *spec), shapes, places)
     token, live = (_array((batch,), kind, rows or None) for kind in (np.int32, bool))
-    state: Any = decoding.State(token, live, cache)  # type: ignore[arg-type]
+    state = decoding.State(token, live, cache)
     number = _array((), np.int32)
     arguments = state, _array((), _key_type()), _array((_STOPS,), np.int32), number, number
     static = {"sampling": Sampling(temperature=0.0, top_k=None, top_p=1.0)}
     return decoding.advance, arguments, static, {"parameters": model, "cache": cache}
+
+
+def _tiles(images: Pictures, count: int, *axes: Any) -> Any:
+    c = images.config
+    return _array((count, c.channels, c.image_size, c.image_size), np.float32, *axes)
 
 
 def _placed(model: Llama, dtype: str) -> Llama:
@@ -141,7 +164,8 @@ def _placed(model: Llama, dtype: str) -> Llama:
     return nnx.merge(graph, state)
 
 
-def _array(shape: tuple[int, ...], dtype: Any, *axes: Any) -> jax.ShapeDtypeStruct:
+def _array(shape: tuple[int, ...], dtype: Any, *axes: Any) -> Any:
+    """What stands for an array: its shape, and its place on the mesh."""
     place = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(*axes))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 

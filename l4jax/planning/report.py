@@ -178,6 +178,10 @@ def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if facts["remat"] is not None:
         rows.append(("rematerialization", facts["remat"]))
+    if "tiles" in facts:
+        encoder = "left as it is" if facts["freeze_vision"] else "trained"
+        trained = f", the encoder {encoder}" if facts["remat"] is not None else ""
+        rows.append(("images", f"{facts['tiles']} tiles in each sequence{trained}"))
     if facts["fits"]:
         wire, flops, times = facts["wire_gb"], facts["flops"], facts["roofline_seconds"]
         for name, group in (("by kind", wire["by_kind"]), ("by mesh axis", wire["by_axis"])):

@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: l
 from test_convert_transformers import mended, params  # noqa: E402, F401
 from test_transformers import FAMILIES, TOLERANCE, randomize, relative  # noqa: E402
 
+from l4jax import roofline  # noqa: E402
 from l4jax.config import VisionConfig  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -105,6 +106,17 @@ def test_features_equal(encoder, attention, pair_of):
     assert found.shape == expected.shape
     assert expected.std() > 0.5
     assert relative(found, expected) <= TOLERANCE
+
+
+def test_operations_are_those_that_torch_counts(pair_of):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    pair = pair_of("guard")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        features(pair.theirs, torch.tensor(pixels()))
+    config = pair.ours.vision.config
+    expected = TILES * roofline.vision_flops(config, pair.ours.config.embed_dim)
+    assert counter.get_total_flops() == expected
 
 
 def test_gradients_of_every_weight_equal(pair_of):
