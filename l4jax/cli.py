@@ -94,12 +94,15 @@ class Info(Output):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(Output):
-    """Continue a prompt, with images or without, or answer it as a chat message."""
+    """Continue a prompt, with images or without, or answer a chat message or conversation."""
 
     checkpoint: Annotated[pathlib.Path, tyro.conf.Positional]
     """Directory of the model, with its tokenizer.json or tokenizer.model."""
-    prompt: str
+    prompt: str | None = None
     """What to continue, or with --chat what the user says."""
+    messages: str | None = None
+    """A conversation to answer in place of a prompt: a JSON file, or - for standard input, of
+    messages in OpenAI's form. Paths of its images are relative to the file."""
     image: Annotated[tuple[pathlib.Path, ...], tyro.conf.UseAppendAction] = ()
     """A file, once for each image. They come where the prompt says <|image|>, or else before it."""
     chat: bool = False
@@ -123,18 +126,8 @@ class Generate(Output):
         """Generates, printing text as it comes."""
         from l4jax import checkpoints, inference
         from l4jax.data import tokenizer
-        from l4jax.inference import sampling
 
-        if self.system is not None and not self.chat:
-            raise UsageError("--system is part of a conversation: add --chat")
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"seed {self.seed} must be from 0 to {2**32 - 1}")
-        try:
-            sampling.Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
+        self._check()
         vision = checkpoints.read_model(self.checkpoint).vision
         if self.image and vision is None:
             raise ValueError(f"{self.checkpoint} reads text only: it has no encoder for --image")
@@ -172,6 +165,25 @@ class Generate(Output):
         }
         self.print(result, lambda console: print(rest))
 
+    def _check(self) -> None:
+        """Raises UsageError if options do not go together or are out of range."""
+        from l4jax.inference import sampling
+
+        if (self.prompt is None) == (self.messages is None):
+            raise UsageError("give either --prompt or --messages")
+        if self.messages is not None and (self.image or self.system is not None):
+            raise UsageError("--messages is the whole conversation: put --image, --system in it")
+        if self.system is not None and not self.chat:
+            raise UsageError("--system is part of a conversation: add --chat")
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed {self.seed} must be from 0 to {2**32 - 1}")
+        try:
+            sampling.Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
     def _prompt(
         self, coder: Tokenizer, vision: VisionConfig | None
     ) -> tuple[list[int], Images | None]:
@@ -183,27 +195,34 @@ class Generate(Output):
 
         settings = None if vision is None else images.of_checkpoint(self.checkpoint, vision)
         tiled: Sequence[images.Tiled] = ()
-        if self.chat:
-            said = [self.prompt] if settings is None else images.parts(self.prompt, self.image)
-            content = [
-                {"type": "text", "text": x} if isinstance(x, str) else {"type": "image", "image": x}
-                for x in said
-            ]
-            messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-            if self.system:
-                messages.insert(0, {"role": "system", "content": self.system})
+        if self.chat or self.messages is not None:
+            messages = self._conversation(placed=settings is not None)
             rendered = chat.render(messages, coder, add_generation_prompt=True, images=settings)
             ids, tiled = rendered.tokens, rendered.images
         elif settings is None:
-            ids = coder.encode(self.prompt, bos=coder.bos_id is not None)
+            ids = coder.encode(self.prompt or "", bos=coder.bos_id is not None)
         else:
             tiled = images.process(self.image, settings)
-            ids = images.prompt(self.prompt, tiled, coder, settings.tokens_per_tile)
+            ids = images.prompt(self.prompt or "", tiled, coder, settings.tokens_per_tile)
         if vision is None or not tiled:
             return ids, None
         tiles = np.concatenate([image.tiles for image in tiled])
         patch = images.special(coder, images.PATCH)
         return ids, multimodal.arrange(np.array([ids]), tiles, vision, patch_id=patch)
+
+    def _conversation(self, *, placed: bool) -> list[Any]:
+        """The messages to answer; `placed` says whether <|image|> in a prompt stands for one."""
+        from l4jax.data import chat, images
+
+        if self.messages is not None:
+            return chat.read(self.messages)
+        prompt = self.prompt or ""
+        content = [
+            {"type": "text", "text": x} if isinstance(x, str) else {"type": "image", "image": x}
+            for x in (images.parts(prompt, self.image) if placed else [prompt])
+        ]
+        user = {"role": "user", "content": content}
+        return [{"role": "system", "content": self.system}, user] if self.system else [user]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -331,6 +350,10 @@ class Plan(Output):
     """Tokens of a sequence; 8192 or all the model allows by default."""
     context: str | None = None
     """Tokens in the cache when decoding, or "max" for as many as fit; 8192 by default."""
+    tiles: int = 0
+    """Tiles of images in each sequence; with any, the image encoder is part of the step."""
+    freeze_vision: bool = False
+    """Train the decoder only."""
     search: bool = False
     """Compile several meshes and remat policies, and rank them."""
     limit: int = 6
@@ -357,6 +380,8 @@ class Plan(Output):
                 batch=self.batch,
                 seq=self.seq,
                 context=self.context,
+                tiles=self.tiles,
+                freeze_vision=self.freeze_vision,
                 price=self.price_per_chip_hour,
             )
             how = report.how(

@@ -38,10 +38,19 @@ def describe(name: str, *, context: int | None = None) -> dict[str, Any]:
     if not 1 <= context <= config.max_context:
         raise ValueError(f"context {context} must be from 1 to the model's {config.max_context}")
     counts = roofline.parameters(config)
+    encoder = roofline.vision_parameters(vision, config.embed_dim) if vision else 0
+    total = counts.total + encoder
     first, later = roofline.kv_bytes_per_token(config)
     return about | {
-        "parameters": {"total": counts.total, "active": counts.active, **counts._asdict()},
-        "bytes": {dtype: int(counts.total * n) for dtype, n in roofline.DTYPE_BYTES.items()},
+        # Active are those of a word's token; those of images cost the encoder once.
+        "parameters": {
+            "total": total,
+            "active": counts.active,
+            "decoder": counts.total,
+            "encoder": encoder,
+            **counts._asdict(),
+        },
+        "bytes": {dtype: int(total * n) for dtype, n in roofline.DTYPE_BYTES.items()},
         "kv_cache_bfloat16": {
             "bytes_per_token": first,
             "bytes_per_token_after_first_chunk": later,
@@ -55,11 +64,7 @@ def describe(name: str, *, context: int | None = None) -> dict[str, Any]:
         },
         "layers": [list(layer) for layer in config.layers],
         "config": dataclasses.asdict(config),
-        "vision": vision
-        and {
-            "parameters": roofline.vision_parameters(vision, config.embed_dim),
-            "config": dataclasses.asdict(vision),
-        },
+        "vision": vision and {"parameters": encoder, "config": dataclasses.asdict(vision)},
     }
 
 
@@ -75,13 +80,17 @@ def show(facts: dict[str, Any], console: Console) -> None:
     )
     kinds = collections.Counter(f"{a} {f}" for a, f in facts["layers"])
     sizes = ", ".join(f"{dtype} {_bytes(n)}" for dtype, n in facts["bytes"].items())
-    vision = facts["vision"] and facts["vision"]["parameters"]
-    besides = f"; {_count(vision)} more in the image encoder" if vision else ""
+    parts = ""
+    if counts["encoder"]:
+        parts = (
+            f": {_count(counts['decoder'])} in the decoder, "
+            f"{_count(counts['encoder'])} in the image encoder"
+        )
     table = Table(show_header=False, box=None)
     for row in (
         (
             "parameters",
-            f"{_count(counts['total'])} in total, {_count(counts['active'])} active{besides}",
+            f"{_count(counts['total'])} in total, {_count(counts['active'])} active{parts}",
         ),
         ("weights", sizes),
         ("layers", ", ".join(f"{n} {kind}" for kind, n in kinds.items())),

@@ -335,3 +335,48 @@ def test_the_command_line_refuses(model, run, folder):
     tokenizer().save(folder / "text")
     problem = run("--image", "one.png", "--prompt", "a", checkpoint="text", code=1)
     assert "reads text only: it has no encoder for --image" in problem
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "four.png", "detail": "high"}},
+        {"type": "image_url", "image_url": "four.png"},
+        {"type": "image", "image": "four.png"},
+        {
+            "type": "image_url",
+            "image_url": {
+                "url": f"data:image/png;base64,{base64.b64encode(encoded(FOUR)).decode()}"
+            },
+        },
+    ],
+)
+def test_the_command_line_finds_images_beside_the_conversation(
+    run, asked, folder, part, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    messages = [{"role": "user", "content": [said("A "), part, said(" cat")]}]
+    (folder / "a.json").write_text(json.dumps({"messages": messages}))
+    run("--messages", folder / "a.json")
+    expected = render(user(said("A "), picture(FOUR), said(" cat")), add_generation_prompt=True)
+    assert asked["tokens"] == expected.tokens
+    np.testing.assert_array_equal(asked["images"].tiles, expected.images[0].tiles)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("https://example.org/a.png", "nothing is downloaded from https:// addresses"),
+        ("nowhere.png", "nowhere.png): no such file"),
+        ("a.json", "a.json) is no image of a kind that is read; use one of JPEG"),
+        ("data:image/png;base64,!", "(a data: URL) is not valid base64"),
+        (None, "message 0, part 0 (an image given as NoneType) is no image"),
+    ],
+)
+def test_the_command_line_says_which_image_of_a_conversation_is_none(run, folder, url, words):
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    (folder / "a.json").write_text(json.dumps(messages))
+    problem = run("--messages", folder / "a.json", code=1)
+    assert problem.count("\n") == 1
+    assert words in problem
+    assert "message 0, part 0" in problem

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import io
 import json
 import os
 import pathlib
@@ -145,7 +146,6 @@ print(sorted({{"jax", "flax", "numpy", "grain", "orbax", "matplotlib"}} & set(sy
         ["info"],
         ["info", "tiny-llama4-scout", "--contxt", "5"],
         ["info", "tiny-llama4-scout", "--context", "many"],
-        ["generate", "somewhere"],
         ["generate", "--prompt", "x"],
         ["generate", "somewhere", "--prompt", "x", "--dtype", "float8"],
         ["demo", "--steps", "1.5"],
@@ -263,6 +263,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(run, copy, tmp_path, tok):
         (["--max-new-tokens", "0"], "max_new_tokens 0 must be at least 1"),
         (["--seed", "99999999999999999999"], "seed 99999999999999999999 must be from 0"),
         (["--system", "Be brief."], "--system is part of a conversation: add --chat"),
+        (["--messages", "a.json"], "give either --prompt or --messages"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -411,3 +412,69 @@ def test_special_names_in_a_prompt_are_text(run, checkpoint, tok):
     options = ("--max-new-tokens", "8", "--json")
     result = run("generate", checkpoint, "--prompt", "<|eot|>", *options).json()
     assert result["prompt_tokens"] == 1 + len(tok.encode("<|eot|>")) > 3
+
+
+def test_generate_needs_something_to_continue(run, checkpoint):
+    assert_one_line(run("generate", checkpoint), "give either --prompt or --messages", code=2)
+
+
+def test_a_conversation_comes_from_a_file_or_standard_input(
+    run, checkpoint, tok, model, tmp_path, monkeypatch
+):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "naïve?"},
+        {"role": "assistant", "content": "Yes."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}],
+        },
+    ]
+    ids = chat.render(messages, tok, add_generation_prompt=True).tokens
+    expected = inference.generate(model, [ids], max_new_tokens=9, stop_ids=tok.stop_ids).tokens[0]
+    (tmp_path / "a.json").write_text(json.dumps(messages))
+    options = ("--max-new-tokens", "9", "--json")
+    found = run("generate", checkpoint, "--messages", tmp_path / "a.json", *options).json()
+    assert (found["prompt_tokens"], found["tokens"]) == (len(ids), expected)
+    content = io.TextIOWrapper(io.BytesIO(json.dumps({"messages": messages}).encode()))
+    monkeypatch.setattr(sys, "stdin", content)
+    assert run("generate", checkpoint, "--messages", "-", *options).json()["tokens"] == expected
+
+
+ASK = {"role": "user", "content": "Why?"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "not JSON"),
+        ("\udcff", "not JSON"),
+        ("[]", "holds no messages"),
+        ('"Why?"', "holds no messages"),
+        ({"messages": 3}, "holds no messages"),
+        ({"messages": [ASK], "tools": [], "n": 1}, "says tools, n beside its messages"),
+        ([ASK, {"role": "assistant", "content": "So."}], "the last message is the assistant's"),
+        ([3], "message 0 is 3; use"),
+        ([{"role": "critic", "content": "No."}], "message 0 has role 'critic'; use one of system"),
+        ([{"role": "user"}], "message 0 (user) has no content"),
+        ([{"role": "user", "content": [{"type": "input_audio"}]}], "message 0, part 0 is"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}],
+            "message 0, part 0 is an image; images need the vision model, this is text only",
+        ),
+    ],
+)
+def test_conversations_that_cannot_be_answered(run, checkpoint, tmp_path, content, words):
+    file = tmp_path / "a.json"
+    text = content if isinstance(content, str) else json.dumps(content)
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    assert_one_line(run("generate", checkpoint, "--messages", file), words)
+
+
+def test_a_conversation_that_is_not_there(run, checkpoint, tmp_path):
+    missing = run("generate", checkpoint, "--messages", tmp_path / "a.json")
+    assert_one_line(missing, f"{tmp_path / 'a.json'}: No such file")
+    assert_one_line(run("generate", checkpoint, "--messages", tmp_path), "Is a directory")
+    for option in ("--image", "--system"):
+        result = run("generate", checkpoint, "--messages", "a.json", option, "x")
+        assert_one_line(result, "--messages is the whole conversation", code=2)

@@ -1,5 +1,6 @@
 """Batches hold every image's tiles once, where their tokens ask for them, however they are cut."""
 
+import base64
 import dataclasses
 import itertools
 import json
@@ -9,9 +10,10 @@ import pytest
 from image_toys import encoded, noise, tokenizer
 
 from l4jax.data import images, pipeline, tokenizing
-from l4jax.data.conversations import Conversations
+from l4jax.data.conversations import Conversations, Preferences
 from l4jax.data.mixture import Mixture
 from l4jax.data.pipeline import Images
+from l4jax.data.sources import Source
 
 SETTINGS = images.Settings(tile_size=24, max_tiles=4, tokens_per_tile=4)
 PATCH = tokenizer().special["<|patch|>"]
@@ -87,6 +89,69 @@ def test_processes_make_shares_that_are_the_whole(store, pieces):
             for k, share in enumerate(shares):
                 joined[k::2] = share[name]
             np.testing.assert_array_equal(joined, value, err_msg=name)
+
+
+SHOWN = [[x] if x else [] for x in FILES] + [[FILES[0], FILES[1], FILES[0]]]
+"""What both answers of a preference see; at the end one picture twice."""
+
+
+def pairs(name=lambda content: content):
+    said = {"prompt": "What is in it?", "chosen": "A cat.", "rejected": "A dog."}
+    return [said | {"images": list(map(name, files))} for files in SHOWN]
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_answers_share_their_pictures(pieces):
+    how = dataclasses.replace(HOW, pieces=pieces, multiple=2)
+    store = tokenizing.encoded(pairs(), Preferences(tokenizer(), images=SETTINGS))
+    assert store.tiles.tolist() == [1, 5, 4, 0, 5, 5, 0, 0, 1, 6]
+    whole = list(batches(store, how, length=256))
+    for batch in whole:
+        used = 0
+        for example, copies in seen(batch, store, pieces).items():
+            expected = [x.tiles for x in images.process(SHOWN[example], SETTINGS)]
+            expected = np.concatenate([np.zeros((0, 3, 24, 24), np.float32), *expected])
+            assert len(copies) % 2 == 0
+            for found in copies:
+                np.testing.assert_array_equal(found, expected)
+            used += int(store.tiles[example]) * len(copies) // 2
+        assert (batch["tiles"] != -1).any(axis=(1, 2, 3)).sum() == used
+    parts = [batches(store, how, length=256, rows=lambda n, k=k: range(k, n, 2)) for k in range(2)]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        for k, share in enumerate(shares):
+            for name, value in share.items():
+                np.testing.assert_array_equal(value, batch[name][k::2], err_msg=name)
+
+
+def test_a_folder_keeps_a_shared_picture_once(tmp_path):
+    def url(content):
+        return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in pairs(url)))
+    encode = Preferences(tokenizer(), images=SETTINGS)
+    memory = tokenizing.encoded(pairs(), encode)
+    disk = tokenizing.tokenize(Source(str(tmp_path / "pairs.jsonl")), encode, tmp_path / "store")
+    assert (tmp_path / "store" / "images.bin").stat().st_size == sum(
+        len(x) for files in SHOWN for x in set(files)
+    )
+    for one, other in zip(batches(disk, length=256), batches(memory, length=256), strict=True):
+        for name, value in one.items():
+            np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
+def test_a_folder_of_before_is_read_as_it_was(tmp_path, store):
+    """Then every place had an image of its own."""
+    file = tmp_path / "records.jsonl"
+    files = [FILES[0], FILES[1], FILES[4]]
+    urls = [f"data:image/png;base64,{base64.b64encode(x).decode()}" for x in files]
+    file.write_text(json.dumps(record(*urls)))
+    encode = Conversations(tokenizer(), images=SETTINGS)
+    disk = tokenizing.tokenize(Source(str(file)), encode, tmp_path / "store")
+    with np.load(disk.folder / "images.npz") as found:
+        arrays = {name: found[name] for name in ("offsets", "examples", "grids")}
+    np.savez(disk.folder / "images.npz", **arrays)
+    np.testing.assert_array_equal(type(disk)(disk.folder).asked(0), store.asked(len(FILES)))
+    assert len(disk.asked(0)) == 11
 
 
 @pytest.mark.parametrize("workers", [0, 3])

@@ -17,7 +17,7 @@ from experiments import dpo, pretrain, sft
 from l4jax import checkpoints, presets, sharding
 from l4jax.config import Layer
 from l4jax.data import images, pipeline, tokenizing
-from l4jax.data.conversations import Conversations
+from l4jax.data.conversations import Conversations, Preferences
 from l4jax.data.mixture import Mixture
 from l4jax.models.multimodal import Multimodal
 from l4jax.training import objectives, optimizers
@@ -58,9 +58,10 @@ def batch_of(mixture, **how):
     return batch
 
 
-def gradients(batch, pieces):
+def gradients(batch, pieces, objective=None):
     model = model_of(TEXT, SEES)
-    update = Update(model, objectives.next_token(), optax.identity(), accumulate=pieces)
+    objective = objective or objectives.next_token()
+    update = Update(model, objective, optax.identity(), accumulate=pieces)
     parts = update.parts(nnx.to_pure_dict(nnx.state(model)))
     loss, found, _ = jax.jit(update._gradients)(*parts, batch)
     return float(loss), jax.device_get(found)
@@ -80,6 +81,28 @@ def test_a_batch_in_pieces_has_the_gradients_of_the_whole(mixture):
     whole = gradients(batch_of(mixture), 1)
     assert np.abs(whole[1]["vision"]["projector"]).max() > 0
     close(gradients(batch_of(mixture, pieces=4), 4), whole)
+
+
+@pytest.mark.parametrize(
+    "objective", [objectives.next_token(), objectives.dpo(reference_free=True)]
+)
+def test_a_picture_of_both_answers_counts_as_two_would(objective):
+    """It is encoded once, and gets the gradients of each."""
+    said = {"chosen": "A cat.", "rejected": "A dog."}
+    pairs = [said | {"prompt": f"What is {n}?", "images": FILES[n % 3 : n % 4]} for n in range(8)]
+    store = tokenizing.encoded(pairs, Preferences(tokenizer(), images=SETTINGS))
+    made = pipeline.batches(
+        Mixture([store]), length=256, batch_size=4, seed=1, packing="none", segments=2
+    )
+    patch = tokenizer().special["<|patch|>"]
+    batch = next(iter(made.with_images(pipeline.Images(settings=SETTINGS, patch_id=patch))))
+    there = batch["places"] >= 0
+    own = batch["tiles"][batch["places"][there][::4] // 4]
+    assert len(own) == 2 * len(np.unique(batch["places"][there] // 4)) > 0
+    places = np.where(there, np.cumsum(there).reshape(there.shape) - 1, -1).astype(np.int32)
+    expected = gradients(batch | {"tiles": own, "places": places}, 1, objective)
+    assert np.abs(expected[1]["vision"]["projector"]).max() > 0
+    close(gradients(batch, 1, objective), expected)
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
@@ -237,7 +260,11 @@ def test_what_cannot_see_says_so(files, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "default", "data"), [(sft, sft.Sft(), "chats"), (dpo, dpo.Dpo(), "pairs")]
+    ("recipe", "default", "data"),
+    [
+        (sft, sft.Sft(), "chats"),
+        pytest.param(dpo, dpo.Dpo(), "pairs", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_train_as_one_does(files, tmp_path, monkeypatch, recipe, default, data):
     """Each makes half of the tiles, whichever rows they are for."""

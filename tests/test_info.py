@@ -34,9 +34,10 @@ def test_facts_of_a_preset_are_plain_json_and_consistent(name):
     config = presets.get(name).make()
     assert from_json(TextConfig, json.loads(json.dumps(facts))["config"]) == config
     parts = facts["parameters"]
-    named = ("embedding", "head", "attention", "dense", "routers", "routed", "norms")
+    named = ("embedding", "head", "attention", "dense", "routers", "routed", "norms", "encoder")
     assert parts["total"] == sum(parts[part] for part in named)
-    assert parts["active"] == parts["total"] - parts["routed"] + parts["routed_active"]
+    assert parts["active"] == parts["decoder"] - parts["routed"] + parts["routed_active"]
+    assert (parts["encoder"] > 0) == (facts["vision"] is not None)
     assert facts["bytes"]["bfloat16"] == 2 * parts["total"]
     assert facts["bytes"]["int4"] == parts["total"] // 2
     assert len(facts["layers"]) == config.num_layers
@@ -55,7 +56,9 @@ def test_every_preset_is_printed_with_its_name_and_sizes(name):
 
 def test_scout_in_words():
     text = printed(info.describe("llama4-scout"))
-    assert "107.77 B in total, 17.17 B active" in text
+    assert "108.64 B in total, 17.17 B active" in text
+    assert "107.77 B in the decoder, 871.93 M in the image encoder" in text
+    assert "bfloat16 202.4 GiB" in text
     assert "36 chunked moe, 12 global moe" in text
     assert "192.0 KiB per token, 48.0 KiB after the first chunk; 481.1 GiB at 10,485,760" in text
 
@@ -64,10 +67,20 @@ def test_a_model_without_chunks_has_one_cache_price():
     assert "after the first chunk" not in printed(info.describe("llama3-8b"))
 
 
+@pytest.mark.parametrize(
+    ("name", "billions"), [("llama4-scout", 109), ("llama4-maverick", 402), ("llama-guard-4", 12)]
+)
+def test_totals_are_those_of_model_cards(name, billions):
+    """109B, 400B and 12B: the whole model, with its image encoder."""
+    assert round(info.describe(name)["parameters"]["total"] / 1e9) == billions
+
+
 def test_a_checkpoint_is_described_by_what_is_in_it(directory):
     facts = info.describe(str(directory))
     preset = info.describe("tiny-llama4-scout")
-    for key in ("parameters", "bytes", "kv_cache_bfloat16", "flops_per_token", "layers"):
+    assert facts["parameters"]["total"] == preset["parameters"]["decoder"]
+    assert facts["bytes"]["float32"] == 4 * facts["parameters"]["total"]
+    for key in ("kv_cache_bfloat16", "flops_per_token", "layers"):
         assert facts[key] == preset[key], key
     assert facts["format"] == "Hugging Face safetensors"
     assert facts["checkpoint"] == str(directory)

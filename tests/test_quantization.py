@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,8 @@ from conftest import build, forward
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from l4jax import lora, presets, quantization, sharding, weights
+from l4jax import checkpoints, lora, presets, quantization, sharding, weights
+from l4jax.checkpoints import safetensors
 from l4jax.kernels import quantized
 from l4jax.kernels.quantized import Quantized
 
@@ -232,3 +235,37 @@ def test_experts_and_unknown_types_have_no_low_precision():
         quantization.low_precision(plain(), weights.EVERY, "int8")
     with pytest.raises(ValueError, match="scheme 'int4' must be one of int8, fp8"):
         unchecked(quantization.low_precision)(plain(), ("*.q",), "int4")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("patterns", [weights.EVERY, ("*.ffn.gate", "*.attention.o")])
+@pytest.mark.parametrize("name", ["tiny-llama4-scout", "tiny-llama4-maverick", "tiny-llama3-8b"])
+def test_hugging_face_directories_hold_what_is_quantized_in_memory(
+    name, patterns, scheme, tmp_path
+):
+    """Values and scales come back bit for bit, and what is quantized is what is not ignored."""
+    model = build(presets.get(name).make())
+    before = quantization.quantize(model, patterns, scheme, group=8)
+    checkpoints.save(before, tmp_path / "hf", to="hf")
+    after = checkpoints.load(tmp_path / "hf")
+    pairs = zip(*(jax.tree.leaves(nnx.state(x)) for x in (before, after)), strict=True)
+    for one, other in pairs:
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    section = json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]
+    ignored = [x.removeprefix("re:") for x in section["ignore"]]
+    names = set(safetensors.scan(tmp_path / "hf"))
+    layers = {x.rpartition(".")[0] for x in names if re.search(r"(proj|router)\.weight", x)}
+    assert {x.partition(".weight_scale")[0] for x in names if "_scale" in x} <= layers
+    for layer in layers:
+        left = any(re.match(pattern, layer) for pattern in ignored)
+        assert left != (f"{layer}.weight_scale" in names), layer
+
+
+def test_hugging_face_directories_have_one_scheme(tmp_path):
+    model = build(presets.get("tiny-llama3-8b").make())
+    model = quantization.quantize(model, ["*.gate"], "int8")
+    model = quantization.quantize(model, ["*.up"], "fp8")
+    with pytest.raises(ValueError, match="weights are in fp8 and int8; .* or write orbax"):
+        checkpoints.save(model, tmp_path / "hf", to="hf")
+    assert not list(tmp_path.iterdir())

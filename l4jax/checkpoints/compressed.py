@@ -7,6 +7,8 @@ one of 4 bits eight values to a word (`weight_packed`, with its true shape as `w
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -55,13 +57,33 @@ def check(section: dict[str, Any] | None, source: str) -> None:
             )
 
 
-def describe(scheme: Scheme, *, groups: int | None, dense: tuple[str, ...] = ()) -> dict[str, Any]:
+def ignored(narrow: Collection[str], plain: Iterable[str], *, llama3: bool) -> tuple[str, ...]:
+    """Names of linear layers left as they were, and patterns ("re:…") of them.
+
+    Patterns are those of published packages of Llama 4, as far as they fit no quantized layer.
+
+    Args:
+        narrow: names of the quantized layers.
+        plain: names of the decoder's other linear layers.
+        llama3: whether the model is of that family, whose packages have names only.
+    """
+    patterns = [
+        pattern
+        for pattern in (() if llama3 else _IGNORED)
+        if not any(re.match(pattern.removeprefix("re:"), name) for name in narrow)
+    ]
+    known = [pattern.removeprefix("re:") for pattern in patterns]
+    names = (name for name in plain if not any(re.match(pattern, name) for pattern in known))
+    return (*names, *(patterns or ["lm_head"]))
+
+
+def describe(scheme: Scheme, *, groups: int | None, ignored: tuple[str, ...]) -> dict[str, Any]:
     """The `quantization_config` of an export.
 
     Args:
         scheme: of the weights.
         groups: inputs that share a scale; None for one scale per output channel.
-        dense: of a model without experts, the names of linear layers left as they were.
+        ignored: names of linear layers left as they were, or patterns; see `ignored`.
     """
     kind, number, bits = _FORMATS[scheme]
     weights = {
@@ -77,7 +99,7 @@ def describe(scheme: Scheme, *, groups: int | None, dense: tuple[str, ...] = ())
         "quant_method": "compressed-tensors",
         "format": kind,
         "quantization_status": "compressed",
-        "ignore": list(dense or _IGNORED),
+        "ignore": list(ignored),
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],

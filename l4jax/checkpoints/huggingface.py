@@ -27,6 +27,7 @@ from l4jax.checkpoints.formats import (
     Spec,
     Target,
     array_shapes,
+    base,
     have_sizes,
     is_llama3,
     make_files,
@@ -304,7 +305,8 @@ def save(
         for name, (x, period) in arrays.items()
     }
     kind = model_of(model)
-    check_complete(_table(_description(kind, None), split_experts=False), wanted)
+    floating = {base(name) for name in wanted}
+    check_complete(_table(_description(kind, None), split_experts=False), floating)
     new = target(
         kind,
         wanted,
@@ -446,30 +448,43 @@ def _parts_for(found: Description, wanted: Mapping[str, Spec], *, split: bool) -
 def _quantization(
     model: Model, wanted: Mapping[str, Spec], parts: Iterable[Part]
 ) -> dict[str, Any] | None:
-    """The `quantization_config` for these arrays; None if no array is quantized."""
-    scheme = next((s for spec in wanted.values() if (s := scheme_of(spec.dtype))), None)
-    if scheme is None:
+    """The `quantization_config` for these arrays; None if no array is quantized.
+
+    Raises:
+        ValueError: there are several schemes, or several sizes of groups.
+    """
+    schemes = sorted({s for spec in wanted.values() if (s := scheme_of(spec.dtype))})
+    if not schemes:
         return None
+    if len(schemes) > 1:
+        raise ValueError(
+            f"weights are in {' and '.join(schemes)}; Hugging Face's packages have one scheme: "
+            f"quantize all in one, or write orbax"
+        )
     shapes = {part.match.theirs: part.shape for part in parts}
     sizes = {
         8 * shape[-1] // shapes[name.removesuffix(compressed.PACKED) + compressed.SCALED][-1]
         for name, shape in shapes.items()
         if name.endswith(compressed.PACKED)
     }
-    if scheme == "int4" and len(sizes) > 1:
+    if len(sizes) > 1:
         raise ValueError(f"int4 groups of different sizes {sorted(sizes)} in one checkpoint")
-    plain: tuple[str, ...] = ()
-    if model.text.moe is None:
-        whole = [p.match.theirs for p in parts if p.match.theirs.endswith("_proj.weight")]
-        plain = tuple(
-            name.removesuffix(".weight")
-            for name in whole
-            if not any(p.match.theirs == name and p.kinds[0] in _NARROW for p in parts)
-        )
-        plain = (*plain, "lm_head")
+    narrow = {
+        name.removesuffix(compressed.SCALED)
+        for part in parts
+        for name in part.names
+        if name.endswith(compressed.SCALED)
+    }
+    layers = [
+        name.removesuffix(".weight")
+        for part in parts
+        for name in part.names
+        if name.endswith("_proj.weight")
+    ]
     return compressed.describe(
-        scheme, groups=sizes.pop() if scheme == "int4" else None, dense=plain
+        schemes[0],
+        groups=sizes.pop() if sizes else None,
+        ignored=compressed.ignored(
+            narrow, [name for name in layers if name not in narrow], llama3=is_llama3(model)
+        ),
     )
-
-
-_NARROW = {dtype.name for dtype in DTYPES.values()}

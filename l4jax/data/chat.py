@@ -16,6 +16,10 @@ package; where `<|eom|>` ends a turn differs between the families, see `_ends_me
 """
 
 import json
+import os
+import pathlib
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -225,6 +229,69 @@ def _ends_message(style: Family, role: str, reason: str | None, calls: list[_Cal
 
 
 # --- Reading messages ----------------------------------------------------------------------------
+def read(file: str | os.PathLike[str]) -> list[Message]:
+    """The conversation in a JSON file: a list of messages, or an object that has it as "messages".
+
+    Messages are as `render` takes them, which checks them. Paths of images are relative to the
+    file's folder, and come back as paths from here.
+
+    Args:
+        file: "-" reads standard input, where paths are relative to the current folder.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, holds no messages or something beside them, or the assistant
+            has the last word, so that nothing is to be answered.
+    """
+    name = "standard input" if file == "-" else os.fspath(file)
+    try:
+        content = sys.stdin.buffer.read() if file == "-" else pathlib.Path(file).read_bytes()
+    except OSError as error:
+        raise type(error)(f"{name}: {error.strerror or error}") from None
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON ({error})") from None
+    if isinstance(found, dict) and "messages" in found:
+        others = ", ".join(key for key in found if key != "messages")
+        if others:
+            raise ValueError(f"{name} says {others} beside its messages, which is not read")
+        found = found["messages"]
+    if not isinstance(found, list) or not found:
+        raise ValueError(f'{name} holds no messages; use [...] or {{"messages": [...]}}')
+    if isinstance(found[-1], dict) and found[-1].get("role") == "assistant":
+        raise ValueError(f"{name}: the last message is the assistant's; end with one to answer")
+    for number, message in enumerate(found):
+        if not isinstance(message, dict):
+            raise ValueError(f'{name}: message {number} is {message!r}; use {{"role": ...}}')
+    folder = pathlib.Path() if file == "-" else pathlib.Path(file).parent
+    return [_located(message, folder) for message in found]
+
+
+def _located(message: Message, folder: pathlib.Path) -> Message:
+    """A message with its images' paths taken from a folder; what is malformed is as it was."""
+    if not isinstance(message.get("content"), list):
+        return message
+    return {**message, "content": [_located_part(part, folder) for part in message["content"]]}
+
+
+def _located_part(part: Any, folder: pathlib.Path) -> Any:
+    kind = part.get("type") if isinstance(part, dict) else None
+    source = _source(part, kind) if kind in ("image", "image_url") else None
+    if not isinstance(source, str) or _URL.match(source):
+        return part
+    return {"type": "image", "image": str(folder / source)}
+
+
+_URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+def _source(part: Mapping[str, Any], kind: str) -> Any:
+    """What the image of a part is read from."""
+    source = part.get(kind)
+    return source.get("url") if kind == "image_url" and isinstance(source, Mapping) else source
+
+
 def _turn(message: Any, index: int, *, text_only: bool) -> _Turn:
     role, reason = _role(message, index), _stop_reason(message, index)
     calls = _tool_calls(message, role, index)
@@ -273,10 +340,7 @@ def _contents(message: Message, index: int, *, optional: bool) -> list[str | _Im
 def _part(part: Any, where: str) -> str | _Image:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind in ("image", "image_url"):
-        source = part.get(kind)
-        if kind == "image_url" and isinstance(source, Mapping):
-            source = source.get("url")
-        return _Image(source, where)
+        return _Image(_source(part, kind), where)
     text = part.get("text") if kind == "text" else None
     if not isinstance(text, str):
         raise ValueError(

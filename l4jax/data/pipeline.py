@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -307,7 +307,7 @@ class Batches(grain.IterDataset):
         """Tiles and places of a whole batch: those to make here, for `tokens`, the rows made here.
 
         Every process knows how many tiles each row has, and makes its share of all tiles, whichever
-        rows they are for.
+        rows they are for. What an example shows twice, as both answers do, has tiles once.
         """
         stores = self._mixture.stores
         names = list(zip(*plan.pieces[:3].tolist(), strict=True))
@@ -317,15 +317,7 @@ class Batches(grain.IterDataset):
         room = how.room(int(by_piece.sum(axis=0).max()))
         first = (np.cumsum(by_piece, axis=0) - by_piece).reshape(-1)
         own = np.array(self.settings.rows_of(plan.rows))
-        patches = tokens == how.patch_id
-        each = how.settings.tokens_per_tile
-        if (patches.sum(axis=1) != of_row[own] * each).any():
-            raise ValueError(
-                f"rows have {patches.sum(axis=1).tolist()} tokens of id {how.patch_id} for "
-                f"{of_row[own].tolist()} tiles of {each} features: tokenize again, with the "
-                "settings of this model's images"
-            )
-        places = np.where(patches, np.cumsum(patches, axis=1) - 1 + first[own, None] * each, -1)
+        asked: dict[int, list[np.ndarray]] = {row: [] for row in own.tolist()}
         # Where each tile to be made here stands among those of this process.
         wanted = {n: i for i, n in enumerate(self.settings.rows_of(room * how.pieces))}
         side = how.settings.tile_size
@@ -335,13 +327,15 @@ class Batches(grain.IterDataset):
             start = first[row] + within[row]
             numbers = (start + np.arange(count)) * how.pieces + row % how.pieces
             within[row] += count
+            if row in asked:
+                asked[row].append(start + stores[store].asked(example))
             if not wanted.keys().isdisjoint(numbers.tolist()):
                 found = stores[store].pictures(example)
                 cut = np.concatenate([_tiles(picture, how.settings) for picture in found])
                 for number, tile in zip(numbers.tolist(), cut, strict=True):
                     if number in wanted:
                         made[wanted[number]] = tile
-        return {"tiles": made, "places": places.astype(np.int32)}
+        return {"tiles": made, "places": _places(tokens == how.patch_id, asked.values(), how)}
 
     def _segments(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """How many segments each piece has, and the length of each segment."""
@@ -355,6 +349,21 @@ class Batches(grain.IterDataset):
         counts = np.array([len(x) for x in ends], np.int64)
         lengths = [np.diff(x, prepend=0) for x in ends]
         return counts, np.concatenate([np.zeros(0, np.int64), *lengths])
+
+
+def _places(patches: np.ndarray, asked: Iterable[Sequence[np.ndarray]], how: Images) -> np.ndarray:
+    """Int32[b t]: the feature at each token of images, of the tiles that each row asks for."""
+    each = how.settings.tokens_per_tile
+    tiles = [np.concatenate([np.zeros(0, np.int64), *parts]) for parts in asked]
+    found, wanted = patches.sum(axis=1).tolist(), [len(row) for row in tiles]
+    if found != [each * count for count in wanted]:
+        raise ValueError(
+            f"rows have {found} tokens of id {how.patch_id} for {wanted} tiles of {each} features: "
+            "tokenize again, with the settings of this model's images"
+        )
+    places = np.full(patches.shape, -1, np.int32)
+    places[patches] = (np.concatenate(tiles)[:, None] * each + np.arange(each)).reshape(-1)
+    return places
 
 
 def _has_images(store: Any) -> bool:

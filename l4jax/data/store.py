@@ -9,7 +9,8 @@ places in it, so none of that needs the texts again.
     examples.npy    int64: the first segment of each example, and the end; absent where each has one
     images.bin      files of images, one after another; absent where there are none, as the next
     images.npz      int64: where each begins, and the end; the grid of its tiles; the first of each
-                    example, and the end
+                    example, and the end; which of an example's images stands at each of its
+                    places, and the first place of each example, and the end
     meta.json       what it was made from, with which tokenizer and settings, and what came of it
     report.json     how many records were read, kept and left out, and why
 
@@ -57,7 +58,7 @@ class Store:
         meta: content of its meta.json.
         lengths: Int64[n], tokens of each example.
         segments: Int64[n], segments of each example.
-        tiles: Int64[n], tiles of each example's images.
+        tiles: Int64[n], tiles of each example's images, each image counted once.
         most_segments: the most that an example has.
         has_mask: whether it says which tokens are to be predicted.
 
@@ -92,7 +93,8 @@ class Store:
             size = int(self._images["offsets"][-1])
             self._content = _mapped(self.folder / "images.bin", np.uint8, size)
             tiles = self._images["grids"].prod(axis=1)
-            before = np.concatenate([[0], np.cumsum(tiles + (tiles > 1))])
+            self._counts = tiles + (tiles > 1)
+            before = np.concatenate([[0], np.cumsum(self._counts)])
             self.tiles = np.diff(before[self._images["examples"]])
 
     def __len__(self) -> int:
@@ -137,7 +139,7 @@ class Store:
         return self._offsets[first + 1 : last + 1] - self._offsets[first]
 
     def pictures(self, number: int) -> list[Picture]:
-        """The images of an example, in the order of its tokens."""
+        """The images of an example, each once, in the order in which its tokens first ask."""
         if self._images is None:
             return []
         offsets, grids = self._images["offsets"], self._images["grids"]
@@ -146,6 +148,17 @@ class Store:
             Picture(self._content[offsets[n] : offsets[n + 1]].tobytes(), tuple(grids[n].tolist()))
             for n in range(first, last)
         ]
+
+    def asked(self, number: int) -> np.ndarray:
+        """Which of the example's tiles its tokens ask for, in order, Int64[n]; one maybe often."""
+        if self._images is None:
+            return np.zeros(0, np.int64)
+        first, last = self._images["examples"][number : number + 2]
+        counts, order = self._counts[first:last], np.arange(last - first)
+        if "order" in self._images:  # earlier stores have an image as often as it stands somewhere
+            first, last = self._images["places"][number : number + 2]
+            order = self._images["order"][first:last]
+        return _asked(counts, order)
 
     def require(self, *, vocab_size: int | None = None, tokenizer: str | None = None) -> None:
         """Checks that a model can read this store.
@@ -180,7 +193,7 @@ class MemoryStore:
     Args:
         examples: token ids of each, or several lists of them where an example has segments.
         loss_masks: of the same form; None where every token counts.
-        pictures: the images of each; None where there are none.
+        pictures: the images of each, in the order of its tokens; None where there are none.
 
     Raises:
         ValueError: a mask does not fit its example.
@@ -201,7 +214,9 @@ class MemoryStore:
         self.lengths = np.array([len(example) for example in self._examples], np.int64)
         self.segments = np.array([len(ends) for ends in self._ends], np.int64)
         self.most_segments = int(self.segments.max(initial=0))
-        self._pictures = [()] * len(self) if pictures is None else list(map(tuple, pictures))
+        found = [()] * len(self) if pictures is None else pictures
+        parts = [distinct(pictures) for pictures in found]
+        self._pictures, self._order = [x for x, _ in parts], [x for _, x in parts]
         tiles = [sum(picture.tiles for picture in found) for found in self._pictures]
         self.tiles = np.array(tiles, np.int64)
         self.has_mask = loss_masks is not None
@@ -244,6 +259,9 @@ class MemoryStore:
             digest.update(mask.tobytes())
         for picture in itertools.chain(*self._pictures):
             digest.update(picture.content)
+        for pictures, order in zip(self._pictures, self._order, strict=True):
+            if len(pictures) < len(order):
+                digest.update(order.tobytes())
         return {"content": digest.hexdigest()[:32]}
 
     def tokens(self, number: int, start: int, stop: int) -> np.ndarray:
@@ -261,6 +279,11 @@ class MemoryStore:
     def pictures(self, number: int) -> list[Picture]:
         """See `Store.pictures`."""
         return list(self._pictures[number])
+
+    def asked(self, number: int) -> np.ndarray:
+        """See `Store.asked`."""
+        counts = np.array([picture.tiles for picture in self._pictures[number]], np.int64)
+        return _asked(counts, self._order[number])
 
 
 class Subset:
@@ -319,6 +342,25 @@ class Subset:
     def pictures(self, number: int) -> list[Picture]:
         """See `Store.pictures`."""
         return self._store.pictures(int(self._numbers[number]))
+
+    def asked(self, number: int) -> np.ndarray:
+        """See `Store.asked`."""
+        asked: np.ndarray = self._store.asked(int(self._numbers[number]))
+        return asked
+
+
+def distinct(pictures: Sequence[Picture]) -> tuple[list[Picture], np.ndarray]:
+    """Each picture once, and which of them stands at each place, Int64[n]."""
+    numbers: dict[Picture, int] = {}
+    order = [numbers.setdefault(picture, len(numbers)) for picture in pictures]
+    return list(numbers), np.array(order, np.int64)
+
+
+def _asked(counts: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The tiles of images in this order, each of which has as many as `counts` says."""
+    first = np.cumsum(counts) - counts
+    tiles = [first[n] + np.arange(counts[n]) for n in order.tolist()]
+    return np.concatenate([np.zeros(0, np.int64), *tiles])
 
 
 def _is_nested(example: Any) -> bool:

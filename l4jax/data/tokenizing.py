@@ -30,7 +30,7 @@ from l4jax.data.chat import Rendered
 from l4jax.data.conversations import fingerprint
 from l4jax.data.images import Picture
 from l4jax.data.sources import OnError, Record, Report, Source
-from l4jax.data.store import FORMAT, MemoryStore, Store
+from l4jax.data.store import FORMAT, MemoryStore, Store, distinct
 
 TooLong = Literal["drop", "split", "raise"]
 Encode = Callable[[Mapping[str, Any]], list[Rendered]]
@@ -292,6 +292,8 @@ class _Writer:
             "offsets": array.array("q", [0]),
             "grids": array.array("q"),
             "examples": array.array("q", [0]),
+            "order": array.array("q"),
+            "places": array.array("q", [0]),
         }
         self.tokens = self.learned = self.largest = self.longest = 0
 
@@ -314,12 +316,18 @@ class _Writer:
             self.learned += int(mask.sum())
             self.largest = max(self.largest, int(tokens.max()))
             self._offsets.append(self.tokens)
-            for picture in segment.images:
-                assert isinstance(picture, Picture)
-                self._images.write(picture.content)
-                self._digest.update(picture.content)
-                self._pictures["offsets"].append(self._images.tell())
-                self._pictures["grids"].extend(picture.grid)
+        # Answers share the pictures of their prompt.
+        pictures, order = distinct([image for segment in segments for image in segment.images])
+        for picture in pictures:
+            assert isinstance(picture, Picture)
+            self._images.write(picture.content)
+            self._digest.update(picture.content)
+            self._pictures["offsets"].append(self._images.tell())
+            self._pictures["grids"].extend(picture.grid)
+        if len(pictures) < len(order):
+            self._digest.update(order.tobytes())
+        self._pictures["order"].extend(order.tolist())
+        self._pictures["places"].append(len(self._pictures["order"]))
         self._pictures["examples"].append(len(self._pictures["offsets"]) - 1)
         self.longest = max(self.longest, self.tokens - before)
         self._firsts.append(len(self._offsets) - 1)
@@ -335,8 +343,8 @@ class _Writer:
             (self._folder / "loss_mask.bin").unlink()
         grids = np.array(self._pictures["grids"], np.int64).reshape(-1, 2)
         if len(grids):
-            offsets, firsts = (np.array(self._pictures[x]) for x in ("offsets", "examples"))
-            np.savez(self._folder / "images.npz", offsets=offsets, examples=firsts, grids=grids)
+            arrays: dict[str, Any] = {name: np.array(x) for name, x in self._pictures.items()}
+            np.savez(self._folder / "images.npz", **arrays | {"grids": grids})
         else:
             (self._folder / "images.bin").unlink()
         meta = about | {

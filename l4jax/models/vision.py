@@ -78,10 +78,12 @@ class Attention(nnx.Module):
                 (read(self.v, x.dtype), read(self.v_bias, x.dtype)),
             )
         )
-        # Scores are q·k / √h, their softmax float32.
-        out = jax.nn.dot_product_attention(rotate(q, angles), rotate(k, angles), v)
+        # Heads first, as products want them: on CPUs faster than jax.nn's attention.
+        q, k, v = (y.swapaxes(1, 2) for y in (rotate(q, angles), rotate(k, angles), v))
+        scores = jnp.einsum("mnth,mnsh->mnts", q, k, preferred_element_type=jnp.float32)
+        shares = jax.nn.softmax(scores * q.shape[-1] ** -0.5).astype(x.dtype)
         o = read(self.o, x.dtype)
-        out = out.reshape(*x.shape[:2], -1) @ o.reshape(-1, x.shape[2])
+        out = (shares @ v).swapaxes(1, 2).reshape(*x.shape[:2], -1) @ o.reshape(-1, x.shape[2])
         return total(out, *param_mesh_axes(self.o)[0]) + read(self.o_bias, x.dtype)
 
 
