@@ -354,6 +354,8 @@ class Plan(Output):
     """Tiles of images in each sequence; with any, the image encoder is part of the step."""
     freeze_vision: bool = False
     """Train the decoder only."""
+    local_steps: int | None = None
+    """Steps that each slice makes by itself before all average (DiLoCo); the mesh is of one."""
     search: bool = False
     """Compile several meshes and remat policies, and rank them."""
     limit: int = 6
@@ -382,6 +384,7 @@ class Plan(Output):
                 context=self.context,
                 tiles=self.tiles,
                 freeze_vision=self.freeze_vision,
+                local_steps=self.local_steps,
                 price=self.price_per_chip_hour,
             )
             how = report.how(

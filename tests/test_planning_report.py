@@ -1,4 +1,4 @@
-"""`l4jax plan` as users see it, and the table of recorded plans."""
+"""`l4jax plan` as users see it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import pytest
 from l4jax import cli, presets, roofline, sharding
 from l4jax.config import Execution
 from l4jax.planning import chips, compiler, hlo, meshes, plan, programs
-from tpu.plans import __main__ as plans
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -90,6 +89,15 @@ def optimized():
             "a decode step reads no images",
         ),
         (("--topology", "v5p:2x2x1", "--freeze-vision"), "is for training with --tiles"),
+        (("--topology", "v5p:2x2x1", "--local-steps", "9"), "is for several --slices"),
+        (
+            ("--topology", "v5p:2x2x1", "--slices", "2", "--local-steps", "0"),
+            "local_steps 0 must be at least 1",
+        ),
+        (
+            ("--topology", "v5p:2x2x1", "--slices", "3", "--local-steps", "9", "--batch", "8"),
+            "3 slices must divide the batch of 8",
+        ),
     ],
 )
 def test_bad_usage_is_one_clear_line(run, options, message):
@@ -424,62 +432,20 @@ def test_the_image_encoder_is_part_of_the_step(optimized, run):
     assert more["tiles"] == 3
 
 
-# --- The recorded table --------------------------------------------------------------------------
-@pytest.fixture
-def few(monkeypatch):
-    """A table of two rows, made without compiling."""
-    rows = [plans.Row("llama3.1-8b", "v5p:2x2x1", n, "train") for n in (1, 2)]
-    monkeypatch.setattr(plans, "rows", lambda: iter(rows))
-    monkeypatch.setattr(plans, "version", lambda: "code1")
-    made = []
-
-    def fake(command, **_):
-        made.append(command)
-        facts = {"fits": True, "mesh": {"fsdp": 4}, "remat": "full", "date": "2026-11-26"}
-        facts |= {"hbm_gib": {"total": 1.0, "capacity": 2.0}, "wire_gb": {"total": 3.0}}
-        facts |= {"roofline_seconds": {"total": 4.0}, "bound": "ici", "mfu_bound": 0.5}
-        facts |= {"versions": {"jax": "1", "libtpu": "2"}}
-        failed = "--slices" in command
-        return types.SimpleNamespace(
-            returncode=int(failed), stdout=json.dumps(facts), stderr="noise\nl4jax: no | good\n"
-        )
-
-    monkeypatch.setattr(plans.subprocess, "run", fake)
-    return made
-
-
-def test_rows_are_made_once_for_the_same_code(few, tmp_path, capsys, monkeypatch):
-    assert plans.main([], tmp_path) == 1, "one row failed"
-    assert len(few) == 2
-    text = (tmp_path / "README.md").read_text()
-    assert (
-        "| llama3.1-8b | v5p:2x2x1 | train | fsdp=4 | full | 1.0 of 2.0 | 3 | 4 | ici | 50% |"
-        in text
-    )
-    assert "| llama3.1-8b | v5p:2x2x1 × 2 | train | no / good |" in text
-    assert "jax 1, libtpu 2" in text
-    assert plans.main([], tmp_path) == 0
-    assert len(few) == 2
-    assert plans.main(["--force", "--only", "2x2x1_"], tmp_path) == 0
-    assert len(few) == 3
-    monkeypatch.setattr(plans, "version", lambda: "code2")
-    plans.main([], tmp_path)
-    assert len(few) == 5
-
-
-def test_rows_can_be_listed_and_must_exist(few, tmp_path, capsys):
-    assert plans.main(["--list"], tmp_path) == 0
-    assert capsys.readouterr().out.splitlines()[0] == (
-        "l4jax plan llama3.1-8b --topology v5p:2x2x1 --task train"
-    )
-    assert plans.main(["--only", "nothing"], tmp_path) == 2
-    assert few == []
-
-
-def test_the_table_names_what_exists():
-    assert set(plans.PRESETS) <= set(presets.PRESETS)
-    for topology in (*plans.LARGE.values(), *(name for name, _ in plans.SLICES.values())):
-        assert chips.parse(topology)
-    assert plans.smallest("llama3.1-8b", "v5p", "train") == "v5p:2x2x1"
-    assert plans.smallest("llama4-behemoth", "v6e", "train") is None
-    assert len(plans.version()) == 12
+@needs_libtpu
+def test_slices_that_train_by_themselves_meet_over_the_data_centres_network(optimized, run):
+    options = ("--slices", "2", "--batch", "16", "--mesh", "fsdp=2,expert=2", "--json")
+    code, text, err = run(*TINY, *options, "--local-steps", "50", "--price-per-chip-hour", "2")
+    assert code == 0, err
+    found = json.loads(text)
+    hbm, met = found["hbm_gib"], found["meetings"]
+    assert found["fits"]
+    assert (found["slices"], found["chips"], found["batch"]) == (2, 8, 16)
+    assert hbm["meetings"] == pytest.approx(2 * hbm["parameters"])
+    # An all-reduce between two sends each of them as much as it holds.
+    assert met["wire_gb"] == pytest.approx(hbm["parameters"] * 2**30 / 1e9, rel=0.02)
+    assert met["wire_gb_per_step"] == pytest.approx(met["wire_gb"] / 50)
+    assert not any("data" in axes for axes in found["wire_gb"]["by_axis"])
+    step = found["roofline_seconds"]["total"] + met["seconds"] / 50
+    assert found["tokens_per_second"] == pytest.approx(16 * 64 / step)
+    assert found["cost_per_million_tokens"] == pytest.approx(16 / 3600 * step / (16 * 64) * 1e6)

@@ -14,6 +14,7 @@ _MEMORY = {
     "parameters": "tab:blue",
     "optimizer": "tab:cyan",
     "cache": "tab:green",
+    "meetings": "tab:olive",
     "other arguments": "tab:gray",
     "temporaries": "tab:orange",
 }

@@ -19,9 +19,10 @@ import jax
 from l4jax import presets, sharding
 from l4jax.config import Execution, Remat, TextConfig
 from l4jax.models.vision import tile_features
-from l4jax.planning import compiler, counting, measuring, meshes, programs, timing
+from l4jax.planning import compiler, counting, measuring, meshes, programs, rounds, timing
 from l4jax.planning.chips import GIB, Topology
 from l4jax.planning.meshes import Task, Work
+from l4jax.planning.rounds import Rounds
 
 Notify = Callable[[str], None]
 
@@ -47,6 +48,8 @@ class Request:
     """Of images in each sequence; with any, the image encoder is part of the step."""
     freeze_vision: bool = False
     """Leave the image encoder as it is."""
+    rounds: Rounds | None = None
+    """Of slices that train by themselves; the rest is then of one slice."""
     price: float | None = None
     """Of a chip and hour."""
 
@@ -64,6 +67,11 @@ class Request:
             raise ValueError(f"{self.length} tokens are more than the model's {limit}")
         if self.remat is not None and not self.work.trains:
             raise ValueError(f"remat is for training: a {self.task} step has no backward pass")
+        if self.rounds is not None and (self.task not in meshes.UPDATES or self.rounds.steps < 1):
+            raise ValueError(
+                f"local_steps {self.rounds.steps} must be at least 1, and the task one of "
+                f"{', '.join(meshes.UPDATES)}, not {self.task}"
+            )
         self._check_images()
 
     def _check_images(self) -> None:
@@ -182,6 +190,8 @@ def compiled(
     else:
         report |= {"fits": True, "hbm_gib": _memory(request, program, found)}
         report |= _costs(request, sizes, found, list(mesh.devices.flat))
+        if request.rounds is not None:
+            report |= _with_meetings(request, sizes, report, program.parts["parameters"])
     report |= {
         "compile_seconds": {"wall": found.wall_seconds, "cpu": found.cpu_seconds},
         "versions": dataclasses.asdict(versions),
@@ -272,6 +282,19 @@ def _costs(
         hourly = request.price * topology.chips
         costs["cost_per_million_tokens"] = hourly / 3600 / rate * 1e6
     return costs
+
+
+def _with_meetings(
+    request: Request, sizes: Mapping[str, int], report: Mapping[str, Any], params: Any
+) -> dict[str, Any]:
+    """What changes in the plan of a slice's step where slices meet every so many of them."""
+    assert request.rounds is not None
+    found = rounds.meeting(params, request.topology, sizes, request.rounds.slices)
+    changed = rounds.together(report, found, request.rounds)
+    if not changed["fits"]:
+        total = changed["hbm_gib"]["total"]
+        changed["advice"] = advice(request, sizes, report["remat"], total)
+    return changed
 
 
 def measured(request: Request, *, notify: Notify, out: pathlib.Path | None) -> dict[str, Any]:

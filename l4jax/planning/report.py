@@ -15,6 +15,7 @@ from rich.table import Table
 from l4jax import presets
 from l4jax.planning import charts, chips, compiler, meshes, plan
 from l4jax.planning.meshes import Task
+from l4jax.planning.rounds import Rounds
 from l4jax.training import checkpointing
 
 How = Literal["plan", "measure", "search", "longest"]
@@ -29,9 +30,12 @@ def request(
     seq: int | None,
     context: str | None,
     mesh: str | None,
+    local_steps: int | None = None,
     **rest: Any,
 ) -> plan.Request:
     """What the options ask for; `rest` as in `plan.Request`.
+
+    With `local_steps` the mesh is of one slice, and the batch of all of them.
 
     Raises:
         ValueError: they do not go together, or are out of range.
@@ -49,6 +53,9 @@ def request(
     sizes = meshes.parse(mesh) if mesh is not None else None
     if preset.removeprefix("tiny-") not in presets.PRESETS and pathlib.Path(preset).exists():
         raise ValueError(f"{preset} is no preset: plan takes the name of the one that it is of")
+    if local_steps is not None:
+        rest |= _rounds(slices, local_steps, rest.get("batch"))
+        slices = 1
     asked = plan.Request(
         preset=preset,
         topology=chips.parse(topology, slices=slices),
@@ -60,6 +67,15 @@ def request(
     if sizes is not None:
         meshes.check(asked.config, asked.topology, asked.work, sizes)
     return asked
+
+
+def _rounds(slices: int, steps: int, batch: int | None) -> dict[str, Any]:
+    """What is asked of each slice where slices train by themselves."""
+    if slices < 2:
+        raise ValueError("--local-steps is for several --slices, which meet after so many")
+    if batch is not None and batch % slices:
+        raise ValueError(f"{slices} slices must divide the batch of {batch}")
+    return {"rounds": Rounds(slices, steps), "batch": None if batch is None else batch // slices}
 
 
 def how(*, search: bool, limit: int, context: str | None, measure: bool) -> tuple[How, int]:
@@ -178,6 +194,15 @@ def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if facts["remat"] is not None:
         rows.append(("rematerialization", facts["remat"]))
+    if "meetings" in facts:
+        met = facts["meetings"]
+        rows.append(
+            (
+                "slices meet",
+                f"every {met['steps']} steps: {met['wire_gb']:.3g} GB between slices, at least "
+                f"{met['seconds']:.3g} s; {met['seconds_per_step']:.2g} s for each step",
+            )
+        )
     if "tiles" in facts:
         encoder = "left as it is" if facts["freeze_vision"] else "trained"
         trained = f", the encoder {encoder}" if facts["remat"] is not None else ""
