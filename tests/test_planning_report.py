@@ -433,6 +433,18 @@ def test_the_image_encoder_is_part_of_the_step(optimized, run):
 
 
 @needs_libtpu
+def test_tpu7x_does_not_hold_parameters_twice_to_serve(optimized):
+    """Its compiler would copy those in bfloat16 into tiles of 16 rows."""
+    request = plan.Request(
+        preset=TINY[1], topology=chips.parse("tpu7x:2x2x1"), task="prefill", length=64
+    )
+    program = plan.compiled(request, *request.layout())[1]
+    assert program is not None
+    assert "T(8,128)(2,1)" in program.text
+    assert "T(16,128)(2,1)" not in program.text
+
+
+@needs_libtpu
 def test_slices_that_train_by_themselves_meet_over_the_data_centres_network(optimized, run):
     options = ("--slices", "2", "--batch", "16", "--mesh", "fsdp=2,expert=2", "--json")
     code, text, err = run(*TINY, *options, "--local-steps", "50", "--price-per-chip-hour", "2")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, cast
 
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
+from l4jax import sharding
 from l4jax.inference.sampling import Sampling, sample
 from l4jax.models.cache import Cache
 from l4jax.models.llama4 import Llama
@@ -248,13 +249,14 @@ def _pieces(
     key = jax.random.key(how.seed)
     stops = jnp.asarray(how.stop_ids or [_NONE], jnp.int32)
     tokens = jnp.asarray(prompts, jnp.int32)
-    state = prefill(model, tokens, jnp.asarray(counts), key, stops, how.sampling, size, images)
+    run = compiled()
+    state = run.prefill(model, tokens, jnp.asarray(counts), key, stops, how.sampling, size, images)
     yield np.asarray(state.token)[:, None]
     done = 1
     while done < how.new and np.any(state.live):
         count = min(how.piece, how.new - done)
         steps = jnp.int32(done), jnp.int32(count)
-        out, state = advance(model, state, key, stops, *steps, how.sampling)
+        out, state = run.advance(model, state, key, stops, *steps, how.sampling)
         yield np.asarray(out)[:, :count]
         done += count
 
@@ -290,7 +292,32 @@ def unrolled(model: Llama) -> Llama:
 _unrolled = jax.jit(unrolled)
 
 
-@functools.partial(jax.jit, static_argnames=("sampling", "context"))
+TPU_OPTIONS = {"xla_tpu_control_large_2nd_minor_layout_for_x16": 0}
+"""Parameters in bfloat16 come in tiles of 8 rows; TPU7x would copy them all into tiles of 16, and
+hold them twice (found by compiling; the other generations keep to 8)."""
+
+
+class Programs(NamedTuple):
+    """`prefill` and `advance`, jitted."""
+
+    prefill: Callable[..., State]
+    advance: Callable[..., tuple[Array, State]]
+
+
+def compiled() -> Programs:
+    """Both for what the code will run on."""
+    return _compiled(sharding.platform())
+
+
+@functools.cache
+def _compiled(platform: str) -> Programs:
+    jit = functools.partial(jax.jit, compiler_options=TPU_OPTIONS if platform == "tpu" else None)
+    return Programs(
+        jit(prefill, static_argnames=("sampling", "context")),
+        jit(advance, static_argnames=("sampling",), donate_argnames=("state",)),
+    )
+
+
 def prefill(
     model: Llama,
     prompts: Int[Array, "b t"],
@@ -309,7 +336,6 @@ def prefill(
     return State(token, ~jnp.isin(token, stops), cache)
 
 
-@functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("state",))
 def advance(
     model: Llama,
     state: State,

@@ -130,7 +130,7 @@ def _prefill(model: Llama, work: Work) -> tuple[Callable, tuple, dict, dict]:
         cut, _ = sharding.token_axes(tiles)
         places = _array((batch, seq), np.int32, rows or None, context or None)
         static["images"] = Images(_tiles(work.images, tiles, cut or None), places)
-    return decoding.prefill, arguments, static, {"parameters": model}
+    return decoding.compiled().prefill, arguments, static, {"parameters": model}
 
 
 def _decode(model: Llama, work: Work) -> tuple[Callable, tuple, dict, dict]:
@@ -144,7 +144,7 @@ def _decode(model: Llama, work: Work) -> tuple[Callable, tuple, dict, dict]:
     number = _array((), np.int32)
     arguments = state, _array((), _key_type()), _array((_STOPS,), np.int32), number, number
     static = {"sampling": Sampling(temperature=0.0, top_k=None, top_p=1.0)}
-    return decoding.advance, arguments, static, {"parameters": model, "cache": cache}
+    return decoding.compiled().advance, arguments, static, {"parameters": model, "cache": cache}
 
 
 def _tiles(images: Pictures, count: int, *axes: Any) -> Any:
