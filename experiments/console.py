@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,13 +13,15 @@ import tyro
 from rich.console import Console
 
 from l4jax import distributed
+from l4jax.training import signals
 
+INTERRUPTED, STOPPED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 CONSOLE = Console(stderr=True)
 S = TypeVar("S")
 
 
 def main(kind: type[S], run: Callable[[S], Any], about: str | None, name: str) -> int:
-    """Reads the command line of what is no recipe and runs it; errors are one line.
+    """Reads the command line of what is no `leaves.Recipe` and runs it; errors are one line.
 
     Args:
         kind: dataclass of its leaves.
@@ -31,7 +34,12 @@ def main(kind: type[S], run: Callable[[S], Any], about: str | None, name: str) -
         settings = tyro.cli(kind, description=about)
         status = 1
         distributed.initialize()
-        run(settings)
+        with signals.ending():
+            run(settings)
+    except (KeyboardInterrupt, signals.Stopped) as error:
+        ended = isinstance(error, signals.Stopped)
+        print(f"{name}: {error if ended else 'interrupted'}", file=sys.stderr)
+        return STOPPED if ended else INTERRUPTED
     except (ImportError, OSError, ValueError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return status

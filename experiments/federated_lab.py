@@ -1,18 +1,25 @@
-"""Data sets and runs of `federated_vision` and of the benchmark of federated learning."""
+"""Data sets and runs of `federated_vision` and of the benchmark of federated learning.
+
+What a run of rounds leaves in a folder (`carry_out`), and how a recipe of many runs begins
+(`begin`), are `federated_llama`'s too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 from flax import nnx
 
 from experiments.console import CONSOLE
+from l4jax import paths
 from l4jax.federated import (
     algorithms,
     clients,
@@ -246,35 +253,20 @@ class Lab:
         rounds: int,
     ) -> None:
         settings = self.settings
-        folder.mkdir(parents=True, exist_ok=True)
-        saved = None
-        if settings.checkpoint_every is not None:
-            saved = checkpointing.Checkpoints(folder / "checkpoints", keep=1)
-        begun = (saved.latest() if saved else None) or 0
-        lines = tracking.Lines(folder / "metrics.jsonl", below=begun)
-        trackers: list[Any] = [_Written(lines)]
-        if CONSOLE.is_terminal:
-            trackers.append(tracking.Bar(CONSOLE, rounds, begun))
-        try:
-            simulation.run(
-                algorithm,
-                self.params(seed) if start is None else start,
-                self.federation(parts),
-                settings=simulation.Settings(
-                    rounds=rounds,
-                    seed=seed,
-                    evaluate_every=min(settings.evaluate_every, rounds),
-                    checkpoint_every=settings.checkpoint_every or rounds,
-                ),
-                evaluate=self.accuracy,
-                checkpoints=saved,
-                trackers=trackers,
-            )
-        finally:
-            for tracker in trackers:
-                tracker.close()
-            if saved:
-                saved.close()
+        carry_out(
+            folder,
+            algorithm,
+            self.params(seed) if start is None else start,
+            self.federation(parts),
+            settings=simulation.Settings(
+                rounds=rounds,
+                seed=seed,
+                evaluate_every=min(settings.evaluate_every, rounds),
+                checkpoint_every=settings.checkpoint_every or rounds,
+            ),
+            evaluate=self.accuracy,
+            resumable=settings.checkpoint_every is not None,
+        )
 
     def centrally(self, rows: np.ndarray, *, seed: int, epochs: int) -> tuple[Any, float]:
         """Weights and accuracy after training on some rows in one place, at a constant rate."""
@@ -312,6 +304,87 @@ class Lab:
 
     def _module(self, seed: int) -> networks.Classifier:
         return networks.Classifier(self.network, rngs=nnx.Rngs(seed))
+
+
+# --- Folders --------------------------------------------------------------------------------------
+def begin(settings: Any, *, free: frozenset[str]) -> None:
+    """Makes the folder of a recipe; it must be new, or of the same settings.
+
+    Args:
+        settings: leaves, among them `out` and `resume`.
+        free: names of leaves that may differ from those before.
+
+    Raises:
+        ValueError: the folder holds a run that is not to be resumed, or another one.
+    """
+    file = settings.out / "config.json"
+    now = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    if file.exists():
+        if not settings.resume:
+            raise ValueError(f"{settings.out}: holds a run; add --resume, or choose another --out")
+        changed = list(paths.differences(json.loads(file.read_text()), now, free=free))
+        if changed:
+            raise ValueError(f"{settings.out}: holds another run: {'; '.join(changed)}")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    checkpointing.write(file, json.dumps(now, indent=1) + "\n")
+
+
+def carry_out(  # noqa: PLR0913 - what is trained, on what, from where, how, and what it leaves
+    folder: pathlib.Path,
+    algorithm: algorithms.Algorithm,
+    params: Any,
+    data: clients.Data,
+    *,
+    settings: simulation.Settings,
+    evaluate: Any,
+    resumable: bool,
+) -> Any:
+    """Makes the rounds of a run that are missing; the parameters after the last.
+
+    Args:
+        folder: gets `metrics.jsonl`, and `checkpoints/` of a run that is resumable.
+        algorithm: see `simulation.run`, as for the other arguments.
+        params: to begin with.
+        data: of the clients.
+        settings: how it goes.
+        evaluate: what is measured.
+        resumable: whether to go on with the last checkpoint, and to make some.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = checkpointing.Checkpoints(folder / "checkpoints", keep=1) if resumable else None
+    begun = (saved.latest() if saved else None) or 0
+    lines = tracking.Lines(folder / "metrics.jsonl", below=begun)
+    trackers: list[Any] = [_Written(lines)]
+    if CONSOLE.is_terminal:
+        trackers.append(tracking.Bar(CONSOLE, settings.rounds, begun))
+    try:
+        return simulation.run(
+            algorithm,
+            params,
+            data,
+            settings=settings,
+            evaluate=evaluate,
+            checkpoints=saved,
+            trackers=trackers,
+        ).state.params
+    finally:
+        for tracker in trackers:
+            tracker.close()
+        if saved:
+            saved.close()
+
+
+def save(folder: pathlib.Path, figure: matplotlib.figure.Figure, name: str) -> None:
+    """Writes a figure."""
+    with checkpointing.appearing(folder / f"{name}.png") as file:
+        figure.savefig(file, dpi=120, format="png")
+
+
+def named(report: Any) -> Any:
+    """With texts for keys, as JSON has them."""
+    if isinstance(report, dict):
+        return {str(name): named(x) for name, x in report.items()}
+    return [named(x) for x in report] if isinstance(report, list) else report
 
 
 class _Written:

@@ -20,7 +20,6 @@ Writes `config.json`, a folder for each run under `runs/` (`metrics.jsonl`, a li
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import shlex
@@ -31,10 +30,9 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
-from experiments import console
+from experiments import console, federated_lab
 from experiments.console import CONSOLE
 from experiments.federated_lab import Lab, Settings
-from l4jax import paths
 from l4jax.federated import drawing, metrics, partition, sharing
 from l4jax.training import checkpointing
 
@@ -46,6 +44,8 @@ WARM_BETAS = (0.05, 0.1)
 """Of the study of α."""
 WARM = 50
 """Epochs of warm-up and of training on the shared set alone."""
+FREE = frozenset(("resume", "out", "checkpoint_every", "studies"))
+"""Leaves that may change when a run is resumed."""
 Report = dict[str, Any]
 
 
@@ -55,7 +55,7 @@ def run(settings: Settings) -> Report:
     # What cannot be split is refused before anything is left in the folder.
     for rows in (lab.examples.train, lab.examples.own):
         splits(lab, settings.seeds[0], rows)
-    _begin(settings)
+    federated_lab.begin(settings, free=FREE)
     CONSOLE.print(
         f"{settings.set}: {len(lab.examples.train)} examples to train on, "
         f"{len(lab.examples.test)} to test; network: {lab.network.provenance}",
@@ -68,7 +68,7 @@ def run(settings: Settings) -> Report:
         "sharing": shares,
     }
     report = {name: made[name](lab) for name in settings.studies}
-    text = json.dumps(_named(report), indent=1)
+    text = json.dumps(federated_lab.named(report), indent=1)
     checkpointing.write(settings.out / "report.json", text + "\n")
     checkpointing.write(settings.out / "results.md", table(settings, lab, report))
     print(table(settings, lab, report))
@@ -243,35 +243,12 @@ def table(settings: Settings, lab: Lab, report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _named(report: Any) -> Any:
-    """With texts for keys, as JSON has them."""
-    if isinstance(report, dict):
-        return {str(name): _named(x) for name, x in report.items()}
-    return [_named(x) for x in report] if isinstance(report, list) else report
-
-
 def _slug(name: str) -> str:
     return name.lower().replace(" ", "_")
 
 
 def _save(settings: Settings, figure: matplotlib.figure.Figure, name: str) -> None:
-    with checkpointing.appearing(settings.out / f"{name}.png") as file:
-        figure.savefig(file, dpi=120, format="png")
-
-
-def _begin(settings: Settings) -> None:
-    """Makes the folder; it must be new, or of the same settings."""
-    file = settings.out / "config.json"
-    now = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    if file.exists():
-        if not settings.resume:
-            raise ValueError(f"{settings.out}: holds a run; add --resume, or choose another --out")
-        free = frozenset(("resume", "out", "checkpoint_every", "studies"))
-        changed = list(paths.differences(json.loads(file.read_text()), now, free=free))
-        if changed:
-            raise ValueError(f"{settings.out}: holds another run: {'; '.join(changed)}")
-    settings.out.mkdir(parents=True, exist_ok=True)
-    checkpointing.write(file, json.dumps(now, indent=1) + "\n")
+    federated_lab.save(settings.out, figure, name)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import pathlib
-import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -22,7 +21,7 @@ from flax import nnx
 
 import l4jax.data.images as pictures
 from experiments import leaves, saving
-from experiments.console import CONSOLE, say
+from experiments.console import CONSOLE, INTERRUPTED, STOPPED, say
 from experiments.leaves import Recipe
 from l4jax import checkpoints, distributed, lora, paths, presets, sharding, weights
 from l4jax.checkpoints import formats
@@ -38,7 +37,6 @@ from l4jax.training.codistillation import Pair
 from l4jax.training.objectives import Objective
 from l4jax.training.trainer import Training, batch_sharding
 
-INTERRUPTED, STOPPED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 R = TypeVar("R", bound=leaves.Recipe)
 
 

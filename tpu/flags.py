@@ -2,12 +2,13 @@
 
 The table is short on purpose. The training step asks for the first four by itself
 (`trainer.TPU_OPTIONS`), so that `l4jax plan` compiles what will run; in the environment they reach
-every other program too. What generation asks for is in `decoding.TPU_OPTIONS`. More scratch memory (`xla_tpu_scoped_vmem_limit_kib`) is not asked for: our
-kernels are cut for the default, and temporaries grew with it. Asynchronous all-gathers fused with
-compute (v5e, v5p, v6e) and collectives on the SparseCores (TPU7x) are defaults: a small sharded
-training step, compiled with and without their flags, had the same numbers of collectives and
-fusions and the same temporaries on all four (libtpu 0.0.42.1, 2026-11). A flag that the installed
-libtpu doesn't know ends the process, so every one added is one more to keep alive.
+every other program too. What generation asks for is in `decoding.TPU_OPTIONS`. More scratch memory
+(`xla_tpu_scoped_vmem_limit_kib`) is not asked for: our kernels are cut for the default, and
+temporaries grew with it. Asynchronous all-gathers fused with compute (v5e, v5p, v6e) and
+collectives on the SparseCores (TPU7x) are defaults: a small sharded training step, compiled with
+and without their flags, had the same numbers of collectives and fusions and the same temporaries on
+all four (libtpu 0.0.42.1, 2026-11). A flag that the installed libtpu doesn't know ends the process,
+so every one added is one more to keep alive.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Does federated learning here behave as it should, and what does a round of many clients cost?
 
-Checks the claims of skew, sharing and server optimizers on digits (S1–S10, S14) and generated
-textures and keywords (S11–S13), and that traffic is counted exactly (P4): claim, threshold, value,
+Checks the claims of skew, sharing and server optimizers on digits (S1–S10, S14), generated textures
+and keywords (S11–S13) and a tiny Scout on generated languages (S15), that averaged adapters are
+what they should be (S16), and that traffic is counted exactly (P4): claim, threshold, value,
 verdict. Then times rounds of 10 to 5,000 clients, and how many clients should run at once.
 
     python -m experiments.benchmarks.federated                # digits and growth, 5 minutes
@@ -48,9 +49,9 @@ class Settings:
 
     out: pathlib.Path = pathlib.Path("runs/benchmarks")
     claims: tuple[str, ...] = ("digits",)
-    """Names of claims; "digits" for those on digits, "all" for all, "none" for none."""
+    """Names of claims; "digits" for those on digits, S16 and P4, "all" for all, "none" for none."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of digits; of textures and keywords the first two."""
+    """Of digits and languages; of textures and keywords the first two."""
     growth: bool = True
     """Whether rounds are timed."""
     resume: bool = False
@@ -70,7 +71,7 @@ class Settings:
     @property
     def chosen(self) -> list[str]:
         """Names of the claims to be checked."""
-        generated = ("S11", "S12", "S13")
+        generated = ("S11", "S12", "S13", "S15")
         groups = {"all": list(CLAIMS), "none": []}
         groups["digits"] = [name for name in CLAIMS if name not in generated]
         return list(dict.fromkeys(c for name in self.claims for c in groups.get(name, [name])))

@@ -26,7 +26,7 @@ import optax
 from l4jax.federated import privacy as private
 from l4jax.federated.clients import Cohort, Data
 from l4jax.federated.compression import Compression
-from l4jax.federated.local import Client, Local, Loss, choose
+from l4jax.federated.local import Client, Local, Loss, choose, joined
 from l4jax.federated.mapping import over_clients
 from l4jax.federated.privacy import Privacy
 
@@ -68,6 +68,18 @@ class Algorithm(NamedTuple):
     traffic: Callable[[Any], Traffic]
 
 
+class Beside(NamedTuple):
+    """What is averaged beside the parameters: where the mean of these is not what is wanted.
+
+    of: a client's trained parameters → tree of arrays. into: (parameters after the server's
+    step, the mean of that) → parameters. down: parameters → bytes of it to a client.
+    """
+
+    of: Callable[[Any], Any]
+    into: Callable[[Any, Any], Any]
+    down: Callable[[Any], int]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """How rounds are carried out, and what is sent; for any algorithm."""
@@ -89,9 +101,17 @@ def fedavg(
     *,
     server: optax.GradientTransformation | None = None,
     options: Options = Options(),
+    beside: Beside | None = None,
 ) -> Algorithm:
-    """Averaging of clients' weights (McMahan et al. 2017), or any optimizer on the server."""
-    return _algorithm(local, server or optax.sgd(1.0), options, control=False)
+    """Averaging of clients' weights (McMahan et al. 2017), or any optimizer on the server.
+
+    Raises:
+        ValueError: something is averaged `beside`, and the server does more than average, or
+            updates are compressed or made private: the two would not belong together.
+    """
+    if beside and (server or options.compression or options.privacy):
+        raise ValueError("what is averaged beside the parameters needs FedAvg, nothing added to it")
+    return _algorithm(local, server or optax.sgd(1.0), options, control=False, beside=beside)
 
 
 def fedsgd(
@@ -171,17 +191,23 @@ class _Common(NamedTuple):
 
 
 def _algorithm(
-    local: Local, server: optax.GradientTransformation, options: Options, *, control: bool
+    local: Local,
+    server: optax.GradientTransformation,
+    options: Options,
+    *,
+    control: bool,
+    beside: Beside | None = None,
 ) -> Algorithm:
     def init(params: Any, clients: int) -> State:
+        moving, _ = local.parts(params)
         one = _Kept(
-            optimizer=local.optimizer(local.rate_at(0)).init(params) if local.keep else (),
-            variate=_zeros(params) if control else (),
-            residual=_zeros(params) if _feedback(options) else (),
+            optimizer=local.optimizer(local.rate_at(0)).init(moving) if local.keep else (),
+            variate=_zeros(moving) if control else (),
+            residual=_zeros(moving) if _feedback(options) else (),
         )
         stacked = jax.tree.map(lambda x: jnp.tile(x[None], (clients, *[1] * x.ndim)), one)
-        shared = _zeros(params) if control else ()
-        return State(params, server.init(_wide(params)), shared, stacked)
+        shared = _zeros(moving) if control else ()
+        return State(params, server.init(_wide(moving)), shared, stacked)
 
     def round_(
         state: State, data: Data, cohort: Cohort, *, key: jax.Array, number: Any
@@ -191,25 +217,33 @@ def _algorithm(
         clients = _clients(local, state, data, cohort)
 
         def one(common: _Common, client: Client, bound: jax.Array) -> tuple[_Sums, _Kept]:
-            return _client(local, options, common, client, bound=bound, control=control)
+            of = beside and beside.of
+            return _client(local, options, common, client, bound=bound, control=control, of=of)
 
         sums, kept = over_clients(one, common, clients, block=options.block, mesh=options.mesh)
         mean = _mean(sums, options, clients.id.shape[0], jax.random.fold_in(key, _SERVER))
         gradient = jax.tree.map(jnp.negative, mean)
-        updates, after = server.update(gradient, state.server, _wide(state.params))
+        moving, fixed = local.parts(state.params)
+        updates, after = server.update(gradient, state.server, _wide(moving))
+        params = joined(optax.apply_updates(moving, updates), fixed)
+        if beside:
+            mean = jax.tree.map(lambda x: x / jnp.maximum(sums.weight, 1), sums.beside)
+            params = beside.into(params, mean)
         total = data.rows.shape[0] if options.weights == "clients" else data.sizes.sum()
         new = State(
-            optax.apply_updates(state.params, updates),
+            params,
             after,
             jax.tree.map(lambda c, more: c + more / total, state.shared, sums.shared),
             kept if cohort.ids is None else _put(state.clients, cohort.ids, kept),
         )
-        return choose(sums.clients > 0, new, state), _metrics(sums, state.params)
+        return choose(sums.clients > 0, new, state), _metrics(sums, moving)
 
     def traffic(params: Any) -> Traffic:
-        whole = sum(x.nbytes for x in jax.tree.leaves(params))
-        up = options.compression.bytes(params) if options.compression else whole
-        return Traffic((1 + control) * whole, up + control * whole)
+        moving, _ = local.parts(params)
+        whole = sum(x.nbytes for x in jax.tree.leaves(moving))
+        up = options.compression.bytes(moving) if options.compression else whole
+        more = beside.down(params) if beside else 0
+        return Traffic((1 + control) * whole + more, up + control * whole)
 
     return Algorithm(init, round_, traffic)
 
@@ -234,6 +268,8 @@ class _Sums(NamedTuple):
     """Weight × squared norm of what moved."""
     clients: jax.Array
     excluded: jax.Array
+    beside: Any
+    """Weight × what is averaged beside the parameters."""
 
 
 def _client(
@@ -244,6 +280,7 @@ def _client(
     *,
     bound: jax.Array,
     control: bool,
+    of: Callable[[Any], Any] | None,
 ) -> tuple[_Sums, _Kept]:
     """A client's round: what it adds to the sums, and what it keeps."""
     start, was = common.params, client.state
@@ -259,7 +296,7 @@ def _client(
         optimizer=was.optimizer if local.keep else None,
         correction=_minus(common.shared, was.variate) if control else None,
     )
-    moved = _minus(_wide(trained.params), _wide(start))
+    moved = _minus(_wide(trained.params), _wide(local.parts(start)[0]))
     variate, residual = was.variate, was.residual
     if control:
         scale = common.rate * jnp.maximum(client.steps, 1)
@@ -274,7 +311,8 @@ def _client(
     if options.privacy:
         moved = private.clipped(moved, options.privacy.clip)
     kept = _Kept(trained.optimizer if local.keep else (), variate, residual)
-    sound = _finite((moved, kept))
+    aside = _wide(of(trained.params)) if of else ()
+    sound = _finite((moved, kept, aside))
     there = client.alive & (client.steps > 0) & sound
     alike = options.weights == "clients" or options.privacy is not None
     weight = jnp.where(there, 1.0 if alike else client.size.astype(jnp.float32), 0.0)
@@ -288,6 +326,7 @@ def _client(
         square=weight * jnp.where(there, optax.tree.norm(moved, squared=True), 0),
         clients=there.astype(jnp.float32),
         excluded=(client.alive & ~sound).astype(jnp.float32),
+        beside=jax.tree.map(lambda x: weight * jnp.where(there, x, 0), aside),
     )
     return sums, choose(there, kept, was)
 

@@ -88,6 +88,7 @@ def against(
     title: str,
     levels: Mapping[str, float] | None = None,
     second: tuple[str, Mapping[float, float]] | None = None,
+    xscale: str = "linear",
 ) -> matplotlib.figure.Figure:
     """Means and standard deviations over draws against a number, a panel for each quantity.
 
@@ -97,6 +98,7 @@ def against(
         title: over all.
         levels: horizontal lines in the last panel, by name.
         second: name and values, by x, of a second axis at the last panel's right.
+        xscale: "log" where the number spans decades.
     """
     figure = matplotlib.figure.Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -106,7 +108,7 @@ def against(
             mean = [float(np.mean(points[value])) for value in x]
             deviation = [float(np.std(points[value])) for value in x]
             axes.errorbar(x, mean, deviation, fmt="o-", capsize=3, label=name, color=color, ms=4)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale)
         axes.grid(alpha=0.3)
     for (name, level), style in zip((levels or {}).items(), ("--", ":", "-."), strict=False):
         row[-1].axhline(level, color="black", linestyle=style, linewidth=1, label=name)

@@ -1,7 +1,8 @@
 """Data sets made by arithmetic, for where nothing can be downloaded: they stand for no real ones.
 
-Both have ten classes and arrays "x" [n h w c], Float32, and "y" [n], Int32, as many of each class,
-in the classes' order. The classes are always the same; the seed draws the examples.
+Textures and keywords have ten classes and arrays "x" [n h w c], Float32, and "y" [n], Int32, as
+many of each class, in the classes' order; languages have words instead. The classes are always the
+same; the seed draws the examples.
 """
 
 from __future__ import annotations
@@ -109,3 +110,37 @@ def _smooth(rng: np.random.Generator, cut: float) -> np.ndarray:
     squared = np.fft.fftfreq(h)[:, None, None] ** 2 + np.fft.fftfreq(w)[None, :, None] ** 2
     image = np.real(np.fft.ifft2(spectrum * np.exp(-squared / (2 * cut**2)), axes=(0, 1)))
     return image / image.std()
+
+
+def languages(
+    count: int, each: int, *, length: int, vocabulary: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Texts of languages that share their words, and not what follows what: domains far apart.
+
+    A language is a table of which word comes after which, its rows from a sparse Dirichlet
+    distribution (concentration 0.08). The tables are always the same; the seed draws the texts.
+
+    Args:
+        count: languages.
+        each: texts of a language.
+        length: words of a text.
+        vocabulary: words there are.
+        seed: of the texts.
+
+    Returns:
+        "tokens", Int32[count · each, length], and "y", the language of each, in their order.
+    """
+    tables, rng = np.random.default_rng(0), np.random.default_rng([seed, 1])
+    found = []
+    for _ in range(count):
+        table = tables.dirichlet(np.full(vocabulary, 0.08), vocabulary).cumsum(1)
+        text = np.zeros((each, length), np.int32)
+        text[:, 0] = rng.integers(vocabulary, size=each)
+        for t in range(1, length):
+            below = table[text[:, t - 1]] < rng.random((each, 1))
+            text[:, t] = np.minimum(below.sum(1), vocabulary - 1)
+        found.append(text)
+    return {
+        "tokens": np.concatenate(found),
+        "y": np.repeat(np.arange(count, dtype=np.int32), each),
+    }

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from l4jax import paths
+
 Batch = dict[str, jax.Array]
 Loss = Callable[[Any, Batch, jax.Array], jax.Array]
 Rate = float | Callable[[Any], Any]
@@ -42,7 +44,7 @@ class Client(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What a client ends with. loss: mean over its steps."""
+    """What a client ends with. params: those that are trained. loss: mean over its steps."""
 
     params: Any
     optimizer: Any
@@ -62,8 +64,13 @@ class Local:
     """Examples of a step; None for all that a client has."""
     epochs: int = 1
     """Passes over its examples."""
+    draws: int | None = None
+    """Steps of a round on rows drawn at random, with replacement, instead of passes: as many for
+    every client, whatever it has."""
     shuffle: bool = True
     """Whether each pass has an order of its own; else the order is that of the rows."""
+    trained: Callable[[str], bool] | None = None
+    """Which parameters are trained, and sent, by their dotted names (`paths`); all by default."""
     proximal: float = 0.0
     """μ of FedProx: the loss has μ/2 ‖w − w at the round's start‖² added (Li et al. 2020, §3)."""
     keep: bool = False
@@ -72,6 +79,8 @@ class Local:
     def __post_init__(self) -> None:
         if self.batch is not None and self.batch < 1 or self.epochs < 1:
             raise ValueError(f"batch {self.batch} and epochs {self.epochs} must be at least 1")
+        if self.draws is not None and (self.draws < 1 or self.batch is None):
+            raise ValueError(f"draws {self.draws} must be at least 1, each of a batch that is set")
         if not self.proximal >= 0:
             raise ValueError(f"proximal {self.proximal} must not be negative")
 
@@ -81,8 +90,25 @@ class Local:
 
     def steps(self, size: jax.Array) -> jax.Array:
         """Steps of a round for clients of these sizes."""
+        if self.draws is not None:
+            return jnp.full_like(size, self.draws)
         batch = size if self.batch is None else self.batch
         return self.epochs * -(-size // batch)
+
+    def parts(self, params: Any) -> tuple[Any, Any]:
+        """Trained and fixed parameters, each in the whole tree with None for the others.
+
+        Raises:
+            ValueError: nothing is trained.
+        """
+        if self.trained is None:
+            return params, jax.tree.map(lambda _: None, params)
+        names, (leaves, tree) = paths.names(params), jax.tree.flatten(params)
+        moving = [x if self.trained(name) else None for name, x in zip(names, leaves, strict=True)]
+        if all(x is None for x in moving):
+            raise ValueError(f"none of the parameters {', '.join(names[:6])} … is trained")
+        fixed = [x if y is None else None for x, y in zip(leaves, moving, strict=True)]
+        return jax.tree.unflatten(tree, moving), jax.tree.unflatten(tree, fixed)
 
     def order(self, client: Client, key: jax.Array) -> jax.Array:
         """Places in `client.rows` by epoch, Int[epochs n], its own rows in front."""
@@ -108,7 +134,7 @@ class Local:
         """Trains on a client's examples.
 
         Args:
-            start: the round's parameters.
+            start: the round's parameters, of which `parts` says what changes.
             client: who.
             pool: everybody's examples.
             key: of this client in this round.
@@ -119,21 +145,21 @@ class Local:
         """
         rule = self.optimizer(rate)
         order_key, loss_key = jax.random.split(key)
-        order, width = self.order(client, order_key), client.rows.shape[0]
-        count = width if self.batch is None else min(self.batch, width)
-        order = jnp.pad(order, ((0, 0), (0, -width % count)))
-        per_epoch = jnp.maximum(-(-client.size // count), 1)
+        moving, fixed = self.parts(start)
+        taken = self._taken(client, order_key)
+
+        def of(moving: Any, batch: Batch, key: jax.Array) -> jax.Array:
+            return self.loss(joined(moving, fixed), batch, key)
 
         def step(t: jax.Array, now: Trained) -> Trained:
-            epoch, place = t // per_epoch, t % per_epoch * count
-            taken = jax.lax.dynamic_slice(order, (epoch, place), (1, count))[0]
-            batch = {name: x[client.rows[taken]] for name, x in pool.items()}
-            batch["mask"] = (place + jnp.arange(count) < client.size).astype(jnp.float32)
+            places, mask = taken(t)
+            batch = {name: x[client.rows[places]] for name, x in pool.items()}
+            batch["mask"] = mask.astype(jnp.float32)
             key = jax.random.fold_in(loss_key, t)
-            loss, gradient = jax.value_and_grad(self.loss)(now.params, batch, key)
+            loss, gradient = jax.value_and_grad(of)(now.params, batch, key)
             if self.proximal:
                 gradient = jax.tree.map(
-                    lambda g, w, w0: g + self.proximal * (w - w0), gradient, now.params, start
+                    lambda g, w, w0: g + self.proximal * (w - w0), gradient, now.params, moving
                 )
             if correction is not None:
                 gradient = jax.tree.map(jnp.add, gradient, correction)
@@ -141,10 +167,42 @@ class Local:
             after = Trained(optax.apply_updates(now.params, updates), state, now.loss + loss)
             return choose(t < client.steps, after, now)
 
-        state = rule.init(start) if optimizer is None else optimizer
-        begun = Trained(start, state, jnp.zeros(()))
+        state = rule.init(moving) if optimizer is None else optimizer
+        begun = Trained(moving, state, jnp.zeros(()))
         done = jax.lax.fori_loop(0, bound, step, begun)
         return done._replace(loss=done.loss / jnp.maximum(client.steps, 1))
+
+    def _taken(
+        self, client: Client, key: jax.Array
+    ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+        """By step: places in `client.rows`, Int[b], and which of them count, Bool[b]."""
+        width = client.rows.shape[0]
+        if self.draws is not None:
+            assert self.batch is not None
+            count, most = self.batch, jnp.maximum(client.size, 1)
+
+            def drawn(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+                places = jax.random.randint(jax.random.fold_in(key, t), (count,), 0, most)
+                return places, jnp.ones(count, bool)
+
+            return drawn
+        count = width if self.batch is None else min(self.batch, width)
+        order = jnp.pad(self.order(client, key), ((0, 0), (0, -width % count)))
+        per_epoch = jnp.maximum(-(-client.size // count), 1)
+
+        def passing(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+            epoch, place = t // per_epoch, t % per_epoch * count
+            places = jax.lax.dynamic_slice(order, (epoch, place), (1, count))[0]
+            return places, place + jnp.arange(count) < client.size
+
+        return passing
+
+
+def joined(trained: Any, fixed: Any) -> Any:
+    """The inverse of `Local.parts`."""
+    return jax.tree.map(
+        lambda x, y: y if x is None else x, trained, fixed, is_leaf=lambda x: x is None
+    )
 
 
 def choose(condition: jax.Array, yes: Any, no: Any) -> Any:
