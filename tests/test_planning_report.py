@@ -458,6 +458,9 @@ def test_slices_that_train_by_themselves_meet_over_the_data_centres_network(opti
     assert met["wire_gb"] == pytest.approx(hbm["parameters"] * 2**30 / 1e9, rel=0.02)
     assert met["wire_gb_per_step"] == pytest.approx(met["wire_gb"] / 50)
     assert not any("data" in axes for axes in found["wire_gb"]["by_axis"])
+    assert met["seconds"] == pytest.approx(
+        met["wire_gb"] * 1e9 / chips.GENERATIONS["v5p"].dcn_bandwidth, rel=1e-6
+    )
     step = found["roofline_seconds"]["total"] + met["seconds"] / 50
     assert found["tokens_per_second"] == pytest.approx(16 * 64 / step)
     assert found["cost_per_million_tokens"] == pytest.approx(16 / 3600 * step / (16 * 64) * 1e6)

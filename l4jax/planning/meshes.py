@@ -48,6 +48,8 @@ class Work:
     weight_bytes: float = 2.0
     """Of each parameter when serving."""
     images: Pictures | None = None
+    meets: bool = False
+    """Whether slices train by themselves, and hold what their meetings need."""
 
     @property
     def trains(self) -> bool:
@@ -252,7 +254,8 @@ def _memory(config: TextConfig, work: Work, sizes: Sizes, remat: Remat) -> _Held
     working += 2 * tokens * 3 * _widths(config) / tensor
     kept += _patches(work, sizes, remat)
     frozen = encoder / tensor / spread[0] if work.images is not None and work.images.frozen else 0.0
-    return _Held(4 * held, 8 * (held - frozen), 0.0, kept + working)
+    moments = (16 if work.meets else 8) * (held - frozen)
+    return _Held(4 * held, moments, 0.0, kept + working)
 
 
 def _encoder(config: TextConfig, work: Work) -> int:
@@ -270,11 +273,12 @@ def _patches(work: Work, sizes: Sizes, remat: Remat) -> float:
     c = work.images.config
     tiles = work.batch * work.images.tiles / _product(sizes, *sharding.BATCH, "context")
     tokens = tiles * (c.side**2 + 1)
-    inside = 2 * tokens * (6 * c.embed_dim + 2 * c.mlp_dim + 3 * c.num_heads * (c.side**2 + 1))
+    inside = 2 * tokens * (6 * c.embed_dim + 2 * c.mlp_dim + 5 * c.num_heads * (c.side**2 + 1))
     layers = c.num_layers if work.trains and not work.images.frozen else 1
+    products = 5 * c.embed_dim + c.mlp_dim if remat == "dots" else 0
     return (
         4 * tiles * c.channels * c.image_size**2
-        + 2 * tokens * layers * c.embed_dim
+        + 2 * tokens * layers * (c.embed_dim + products)
         + inside * (layers if remat == "none" else 1)
     )
 

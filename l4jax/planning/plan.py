@@ -106,7 +106,13 @@ class Request:
         vision, images = presets.get(self.preset).vision, None
         if self.tiles and vision is not None:
             images = meshes.Pictures(vision, self.tiles, self.freeze_vision)
-        return Work(task=self.task, batch=batch, length=length, images=images)
+        meets = self.rounds is not None
+        return Work(task=self.task, batch=batch, length=length, images=images, meets=meets)
+
+    @property
+    def alone(self) -> int:
+        """How many slices make this step by themselves."""
+        return 1 if self.rounds is None else self.rounds.slices
 
     def layout(self) -> tuple[dict[str, int], Remat]:
         """The mesh and what is kept for the backward pass: as asked, or as `meshes` recommends.
@@ -174,12 +180,12 @@ def compiled(
         "preset": request.preset,
         "task": work.task,
         "topology": topology.name,
-        "slices": topology.slices,
-        "chips": topology.chips,
-        "devices": topology.devices,
+        "slices": topology.slices * request.alone,
+        "chips": topology.chips * request.alone,
+        "devices": topology.devices * request.alone,
         "mesh": {axis: n for axis, n in sizes.items() if n > 1},
         "remat": remat if work.trains else None,
-        "batch": work.batch,
+        "batch": work.batch * request.alone,
         "length": work.length,
         **({"tiles": request.tiles, "freeze_vision": request.freeze_vision} if work.images else {}),
     }
@@ -289,6 +295,8 @@ def _with_meetings(
 ) -> dict[str, Any]:
     """What changes in the plan of a slice's step where slices meet every so many of them."""
     assert request.rounds is not None
+    if request.freeze_vision:  # alike on all slices
+        params = {name: x for name, x in params.items() if name != "vision"}
     found = rounds.meeting(params, request.topology, sizes, request.rounds.slices)
     changed = rounds.together(report, found, request.rounds)
     if not changed["fits"]:
@@ -338,7 +346,7 @@ def advice(
         guess = meshes.estimate(config, topology, work, sizes, remat)
         return guess.gib + beyond <= topology.generation.hbm_gib
 
-    found = [*_otherwise(request, sizes, remat, fits), *_less(work, sizes, remat, fits)]
+    found = [*_otherwise(request, sizes, remat, fits), *_less(request, sizes, remat, fits)]
     if not found:
         found += _less_otherwise(request, fits)
     return [*found, *_larger(request, beyond)]
@@ -360,13 +368,14 @@ def _otherwise(
             return
 
 
-def _less(work: Work, sizes: Mapping[str, int], remat: Remat, fits: Fits) -> Iterator[str]:
+def _less(request: Request, sizes: Mapping[str, int], remat: Remat, fits: Fits) -> Iterator[str]:
     """Fewer or shorter sequences."""
+    work = request.work
     option = "--context" if work.task == "decode" else "--seq"
     batches = _smaller(work.batch, math.prod(sizes[axis] for axis in sharding.BATCH))
     lengths = _smaller(work.length, math.lcm(1024, sizes["context"]))
     tried = (
-        ((f"--batch {n}", dataclasses.replace(work, batch=n)) for n in batches),
+        ((f"--batch {n * request.alone}", dataclasses.replace(work, batch=n)) for n in batches),
         ((f"{option} {n}", dataclasses.replace(work, length=n)) for n in lengths),
     )
     for options in tried:
@@ -379,7 +388,7 @@ def _less_otherwise(request: Request, fits: Fits) -> Iterator[str]:
         less = dataclasses.replace(request.work, batch=batch)
         ranked = meshes.rank(request.config, request.topology, less, request.remat)
         if ranked and fits(less, *ranked[0]):
-            yield f"--batch {batch} --mesh {meshes.show(ranked[0][0])}"
+            yield f"--batch {batch * request.alone} --mesh {meshes.show(ranked[0][0])}"
             return
 
 
@@ -434,7 +443,7 @@ def search(
 
 def _merit(report: Mapping[str, Any]) -> tuple[bool, float]:
     fits = report["fits"]
-    return not fits, report["roofline_seconds"]["total"] if fits else report["hbm_gib"]["total"]
+    return not fits, -report["tokens_per_second"] if fits else report["hbm_gib"]["total"]
 
 
 def longest(request: Request, *, notify: Notify, out: pathlib.Path | None = None) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def _rounds(slices: int, steps: int, batch: int | None) -> dict[str, Any]:
         raise ValueError("--local-steps is for several --slices, which meet after so many")
     if batch is not None and batch % slices:
         raise ValueError(f"{slices} slices must divide the batch of {batch}")
-    return {"rounds": Rounds(slices, steps), "batch": None if batch is None else batch // slices}
+    each = batch if batch is None or batch < 1 else batch // slices
+    return {"rounds": Rounds(slices, steps), "batch": each}
 
 
 def how(*, search: bool, limit: int, context: str | None, measure: bool) -> tuple[How, int]:
@@ -199,8 +200,8 @@ def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (
                 "slices meet",
-                f"every {met['steps']} steps: {met['wire_gb']:.3g} GB between slices, at least "
-                f"{met['seconds']:.3g} s; {met['seconds_per_step']:.2g} s for each step",
+                f"every {met['steps']} steps: {met['wire_gb']:.3g} GB of each device, "
+                f"at least {met['seconds']:.3g} s; {met['seconds_per_step']:.2g} s for each step",
             )
         )
     if "tiles" in facts:

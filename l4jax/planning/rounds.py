@@ -58,8 +58,7 @@ def meeting(params: Any, topology: Topology, sizes: Mapping[str, int], slices: i
         slices: how many there are.
 
     Raises:
-        compiler.NoCompiler, compiler.Failed: as for plans.
-        ValueError: a meeting alone does not fit.
+        compiler.NoCompiler, compiler.Failed: as for plans, and where a meeting does not fit.
     """
     all_slices = dataclasses.replace(topology, slices=slices)
     devices = compiler.devices(all_slices)
@@ -73,7 +72,7 @@ def meeting(params: Any, topology: Topology, sizes: Mapping[str, int], slices: i
     program = _program(params, mesh, slices)
     found = compiler.compile(program, mesh)
     if isinstance(found, compiler.TooLarge):
-        raise ValueError(f"slices cannot meet: that alone needs {found.needed_gib:.1f} GiB")
+        raise compiler.Failed(f"slices cannot meet: that alone needs {found.needed_gib:.1f} GiB")
     counts = counting.count(found.text, {AXIS: slices, **sizes}, slices=slices)
     times = timing.seconds(counts, all_slices, list(mesh.devices.flat))
     held = program.bytes()["between meetings"] / GIB
@@ -89,8 +88,6 @@ def together(report: Mapping[str, Any], met: Meeting, rounds: Rounds) -> dict[st
     alone = report["roofline_seconds"]["total"]
     slower = alone / (alone + met.seconds / rounds.steps)
     changed = {
-        **{name: report[name] * rounds.slices for name in ("chips", "devices", "batch")},
-        "slices": rounds.slices,
         "fits": missing <= 0,
         "hbm_gib": hbm | ({"missing": missing} if missing > 0 else {}),
         "meetings": {
