@@ -22,8 +22,8 @@ own. Each round starts processes: give a client minutes of work in it.
 
 Trains by FedAvg on clients of two digits each, or of more where they are fewer than five. The
 server ends when the rounds are made; it writes `metrics.jsonl`, a line for each round, and
-`checkpoints`, from which --resume goes on. What runs is `app/`, a Flower app that it writes there:
-begin your own with a copy. A client is ended by Ctrl-C.
+`checkpoints`, from which --resume goes on, with more --rounds if asked. What runs is `app/`, a
+Flower app that it writes there: begin your own with a copy. A client is ended by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -74,6 +74,12 @@ clientapp = "app:client"
 """
 
 
+FREE = frozenset(
+    ("resume", "out", "role", "host", "port", "tls", "number", "node_port", "rounds", "timeout")
+)
+"""Leaves that may change when a run is resumed."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Leaves of the command line."""
@@ -106,6 +112,11 @@ class Settings:
             raise ValueError(
                 f"clients {self.clients}, rounds {self.rounds} and epochs {self.epochs} must be "
                 "at least 1"
+            )
+        if self.number < 0 or not 0 < self.port < 1 << 16 or not self.timeout > 0:
+            raise ValueError(
+                f"number {self.number} must not be negative, port {self.port} be one, and timeout "
+                f"{self.timeout:g} above 0"
             )
         if not self.tls and not _loopback(self.host):
             raise ValueError(f"host {self.host}: other machines need --tls DIR")
@@ -201,9 +212,8 @@ def run(settings: Settings) -> None:
 
 def _server(s: Settings) -> None:
     """Serves one run."""
-    if s.out.exists() and any(s.out.iterdir()) and not s.resume:
-        raise ValueError(f"{s.out}: is not empty; add --resume, or choose another --out")
-    home, app = s.out / "flower", s.out / "app"
+    federated_lab.begin(s, free=FREE)
+    home, app = _home(s), s.out / "app"
     for folder in (home, app):
         folder.mkdir(parents=True, exist_ok=True)
     checkpointing.write(app / "app.py", APP)
@@ -246,7 +256,7 @@ def _client(s: Settings) -> None:
     port = 18090 + s.number if s.node_port is None else s.node_port
     options = [f"--superlink={s.host}:{s.port}", f"--port={port}"]
     node = [f"--node-config=partition-id={s.number}"]
-    (s.out / "flower").mkdir(parents=True, exist_ok=True)
+    _home(s).mkdir(parents=True, exist_ok=True)
     with _program("flower-supernode", [*security, *options, *node], s) as supernode:
         status = supernode.wait()
         raise OSError(f"flower-supernode ended with status {status}")
@@ -258,18 +268,19 @@ def _program(name: str, options: Sequence[str], s: Settings) -> Iterator[subproc
     command = [_where(name), *options]
     # A group of its own: Flower's programs start others, which must not outlive them.
     process = subprocess.Popen(command, env=_environment(s), cwd=s.out, start_new_session=True)
-    stop = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         yield process
-    except KeyboardInterrupt:
-        pass
     finally:
-        signal.signal(signal.SIGTERM, stop)
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
+
+
+def _home(s: Settings) -> pathlib.Path:
+    """Where Flower keeps its own files: each program has a place."""
+    return s.out / ("flower" if s.role == "server" else f"flower-{s.number}")
 
 
 def _where(name: str) -> str:
@@ -281,7 +292,7 @@ def _where(name: str) -> str:
 
 
 def _environment(s: Settings) -> dict[str, str]:
-    found = flower.environment(s.out / "flower")
+    found = flower.environment(_home(s))
     known = [str(ROOT), *filter(None, [found.get("PYTHONPATH")])]
     # Each round is a new process: what one compiles, the next ones read.
     compiled = {"JAX_COMPILATION_CACHE_DIR": str((s.out / "compiled").resolve())}

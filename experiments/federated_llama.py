@@ -19,9 +19,9 @@ data, against its share ρ; diloco, the loss against the bytes sent; and, where 
 rules that average adapters (`l4jax.federated.adapters`), and by how much the cheap one is wrong.
 
 Writes `config.json`, a folder for each run under `runs/` (`metrics.jsonl`, a line for each round,
-and `checkpoints/`), `report.json`, `results.md`, the figures, and in `model/` what clients by
-domain made together, with its tokenizer. --resume keeps what is there and goes on with the round
-that was cut.
+and `checkpoints/`), `report.json` and `results.md` of the studies asked for, their figures, and in
+`model/` what clients by domain made together, with its tokenizer. --resume keeps the runs that are
+there and goes on with the round that was cut.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ def run(settings: Settings) -> Report:
             "they do not belong together"
         )
     lab = Lab(settings, found, model)
-    lab.mixed(settings.replay)  # what cannot be drawn is refused before anything is written
+    # What cannot be drawn or adapted is refused before anything is written.
+    for rho in {settings.replay, *(RHOS if "replay" in settings.studies else ())}:
+        lab.mixed(rho)
+    lab.chosen()
     federated_lab.begin(settings, free=FREE)
     CONSOLE.print(
         f"{roofline.parameters(model.config).total:,} parameters; "
@@ -182,23 +185,36 @@ def replay(lab: Lab) -> Report:
 
 
 def diloco(lab: Lab) -> Report:
-    """Loss of IID clients against bytes, with as many steps in all."""
+    """Loss of IID clients against bytes, with as many steps in all.
+
+    Adapters are averaged by factors where the rule is exact, which is for averages alone.
+    """
     s = lab.settings
+    factors = s.rank and s.rule == "exact"
+    network = lab.network("factors", s.rank) if factors else lab.chosen()
     total, size = s.rounds * s.steps, traffic(lab)
     points = {"synchronous": {total * size / 1e6: [last(central(lab))]}}
     points["DiLoCo"] = {}
     steps = {}
     for longer in LONGER:
         each = max(1, round(longer * s.steps))
+        if total % each:
+            console.say(f"no DiLoCo of {each} steps a round: they do not divide {total}")
+            continue
         found = lab.run(
-            f"diloco-{each}", lab.iid(), server="diloco", steps=each, rounds=max(1, total // each)
+            f"diloco-{each}",
+            lab.iid(),
+            network=network,
+            server="diloco",
+            steps=each,
+            rounds=total // each,
         )
         points["DiLoCo"][found.bytes / 1e6] = [last(found)]
         steps[each] = {"megabytes": found.bytes / 1e6, "loss": last(found)}
     plain = lab.run("iid-fedavg", lab.iid()) if s.server == "diloco" else iid(lab)
     points["averages"] = {plain.bytes / 1e6: [last(plain)]}
     figure = drawing.against(
-        {"held-out loss": points},
+        {"held-out loss": {name: found for name, found in points.items() if found}},
         xlabel="megabytes to and from all clients",
         title=f"{total} steps of {lab.clients} IID clients",
         xscale="log",
@@ -282,7 +298,7 @@ def table(settings: Settings, report: Report) -> str:
         rows |= {f"loss, {name}": x for name, x in report["rounds"]["last"].items()}
     if "divergence" in report:
         for name, groups in report["divergence"]["groups"].items():
-            rows |= {f"divergence, {name}, {part}": x for part, x in groups.items()}
+            rows |= {f"divergence of the model, {name}, {part}": x for part, x in groups.items()}
     if "replay" in report:
         rows |= {f"loss, ρ {rho:.2f}": x for rho, x in report["replay"]["loss"].items()}
     if "diloco" in report:

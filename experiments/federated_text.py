@@ -105,8 +105,8 @@ class Settings:
                 "data of your own needs a model to start from: give --init, such as "
                 "runs/pretrain/model of experiments.pretrain"
             )
-        if len(self.data) == 1:
-            raise ValueError("data: give at least two paths, as each is a client's")
+        if len(self.data) == 1 or len(set(self.data)) < len(self.data):
+            raise ValueError("data: give at least two paths, each once, as each is a client's")
         if self.rank and self.rule == "exact" and self.server != "fedavg":
             raise ValueError("rule exact is for averages: use --server fedavg, or another --rule")
         if not self.studies:
@@ -191,9 +191,9 @@ def _divided(
         kinds += ["others"] * add(rest, 0, 10**9)
     pool = {key: np.concatenate([x[key] for x in pieces]) for key in pieces[0]}
     place = {kind: np.flatnonzero(np.array(kinds) == kind) for kind in set(kinds)}
-    nothing = np.zeros(0, int)
+    nothing, short = np.zeros(0, int), tuple(pathlib.Path(name).stem for name in documents)
     return Texts(
-        tuple(pathlib.Path(name).stem for name in documents),
+        short if len(set(short)) == len(short) else tuple(documents),
         pool,
         np.array(domain),
         place["own"],
@@ -356,7 +356,9 @@ class Lab:
     def trained_bytes(self, network: Network) -> int:
         """Bytes of what is trained."""
         leaves = zip(paths.names(network.params), jax.tree.leaves(network.params), strict=True)
-        return sum(x.nbytes for name, x in leaves if not network.rule or lora.trainable(name))
+        second = network.rule == "freeze_a"
+        trained = adapters.second if second else lora.trainable
+        return sum(x.nbytes for name, x in leaves if not network.rule or trained(name))
 
     def _held_out(self) -> Any:
         """A batch of each domain, all of one shape."""

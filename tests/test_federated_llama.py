@@ -399,9 +399,11 @@ def test_a_run_that_is_stopped_goes_on_with_the_round_that_was_cut(
 
 
 @pytest.mark.slow
-def test_adapters_can_be_trained_by_a_rule(go, tmp_path, files):
+@pytest.mark.parametrize("rule", ["freeze_a", "exact"])
+def test_adapters_can_be_trained_by_a_rule(go, tmp_path, files, rule):
     out = tmp_path / "out"
-    assert go(out, "--studies", "lora", "--rank", 2, "--rule", "freeze_a", "--replay", 0.1) == 0
+    options = ("--rank", 2, "--rule", rule, "--replay", 0.1)
+    assert go(out, "--studies", "lora", "diloco", *options) == 0
     report = json.loads((out / "report.json").read_text())["lora"]
     assert set(report["last"]) == set(recipe.RULES)
     sent = report["megabytes"]
@@ -431,6 +433,7 @@ def test_replay_and_diloco_are_drawn(go, tmp_path):
     [
         (("--rounds", "0"), "rounds 0 must be at least 1"),
         (("--rank", "2", "--server", "diloco"), "rule exact is for averages"),
+        (("--data", "a", "b", "a", "--init", "c"), "at least two paths, each once"),
         (("--replay", "1"), "replay 1.0 must be at least 0 and below 1"),
         (("--rate", "0"), "rate 0.0 must be above 0"),
         (("--data", "one"), "give at least two paths"),

@@ -222,6 +222,8 @@ def test_where_all_are_gone_state_and_optimizer_stay_and_are_saved(tmp_path):
     _, whole = federate(rounds=4, optimizer=rule)
     assert toys.same(rest.state, whole.state)
     assert [line["step"] for line in rest.lines] == [2, 3]
+    with pytest.raises(simulation.NoClients, match="round 4: 5 of at least 6 clients"):
+        federate(rounds=5, optimizer=rule, checkpoints=saved, clients=6, timeout=0.05)
     with pytest.raises(ValueError, match="another run: seed: 5 then, 6 now"):
         federate(rounds=5, optimizer=rule, checkpoints=saved, seed=6)
     saved.close()

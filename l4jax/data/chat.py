@@ -351,6 +351,8 @@ def _part(part: Any, where: str) -> str | _Image:
 
 def _tool_calls(message: Message, role: str, index: int) -> list[_Call]:
     calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise ValueError(f"message {index} has tool_calls {calls!r}; expected a list")
     if calls and role != "assistant":
         raise ValueError(f"message {index} ({role}) has tool_calls; only the assistant makes them")
     return [_call(call, f"message {index}, tool call {n}") for n, call in enumerate(calls)]

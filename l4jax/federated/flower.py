@@ -84,7 +84,7 @@ class Server:
     """As of a simulation. `participation.per_round` draws from those that are there; dropouts and
     stragglers are not made up here."""
     clients: int
-    """That must be there before the first round; later ones take who is there."""
+    """That must be there before the first round that is made; later ones take who is there."""
     optimizer: optax.GradientTransformation = dataclasses.field(
         default_factory=lambda: optax.sgd(1.0)
     )
@@ -96,7 +96,8 @@ class Server:
     evaluate: Callable[[Any], Mapping[str, float]] | None = None
     """A function of the server's parameters."""
     checkpoints: simulation.Checkpoints | None = None
-    """To go on from the last one there, and for new ones."""
+    """To go on from the last one there, and for new ones. Clients' optimizers, where they live on
+    (`Local.keep`), are Flower's to keep, and begin anew."""
     trackers: Sequence[simulation.Tracker] = ()
     """Take a line for each round: see `run`."""
 
@@ -230,14 +231,23 @@ def run(grid: Any, server: Server) -> simulation.Result:
         server: what to do.
 
     Raises:
-        ValueError: the checkpoint is of other settings.
+        ValueError: the checkpoint is of another seed, weighting or number of clients in a round,
+            or of other trained parameters.
         NoClients: a round has nobody left. What was reached is saved first.
     """
     settings, checkpoints = server.settings, server.checkpoints
-    params = jax.tree.map(jnp.asarray, server.params)
+    # A checkpoint takes the place of these.
+    params = jax.tree.map(jnp.copy, server.params)
     state = State(params, server.optimizer.init(_wide(server.local.parts(params)[0])), (), ())
-    about = {"seed": settings.seed, "weights": server.weights}
+    about = {
+        "seed": settings.seed,
+        "weights": server.weights,
+        "per_round": settings.participation.per_round,
+        "trained": list(paths.names(server.local.parts(params)[0])),
+    }
     start, state = _resumed(checkpoints, about, state)
+    if start and server.local.keep:
+        LOG.warning("round %d: clients' optimizers begin anew, as in each of Flower's runs", start)
     step = jax.jit(functools.partial(_step, server))
     lines: list[dict[str, Any]] = []
 
@@ -251,7 +261,7 @@ def run(grid: Any, server: Server) -> simulation.Result:
     for number in range(start, settings.rounds):
         begun = time.perf_counter()
         try:
-            answers, line = _ask(grid, server, state, number)
+            answers, line = _ask(grid, server, state, number, first=number == start)
         except simulation.NoClients:
             save(number, wait=True)
             raise
@@ -295,10 +305,10 @@ class _Answer(NamedTuple):
 
 
 def _ask(
-    grid: Any, server: Server, state: State, number: int
+    grid: Any, server: Server, state: State, number: int, *, first: bool
 ) -> tuple[list[_Answer], dict[str, Any]]:
     """Answers that can be averaged, in the order of clients' numbers, and the line about them."""
-    nodes = _nodes(grid, server, state, number)
+    nodes = _nodes(grid, server, state, number, first=first)
     cohort = server.settings.participation.draw(len(nodes), number, seed=server.settings.seed)
     nodes = nodes if cohort.ids is None else [nodes[i] for i in cohort.ids]
     flwr = _flwr()
@@ -322,10 +332,10 @@ def _ask(
     return answers, line
 
 
-def _nodes(grid: Any, server: Server, state: State, number: int) -> list[int]:
+def _nodes(grid: Any, server: Server, state: State, number: int, *, first: bool) -> list[int]:
     """The nodes that are there, as soon as there are enough."""
     least = server.settings.participation.per_round or 1
-    if number == 0:
+    if first:
         least = server.clients
     until = time.monotonic() + server.timeout
     while len(nodes := sorted(grid.get_node_ids())) < least:

@@ -81,6 +81,8 @@ class Local:
             raise ValueError(f"batch {self.batch} and epochs {self.epochs} must be at least 1")
         if self.draws is not None and (self.draws < 1 or self.batch is None):
             raise ValueError(f"draws {self.draws} must be at least 1, each of a batch that is set")
+        if self.draws is not None and (self.epochs != 1 or not self.shuffle):
+            raise ValueError("draws take the place of passes: set neither epochs nor shuffle")
         if not self.proximal >= 0:
             raise ValueError(f"proximal {self.proximal} must not be negative")
 
