@@ -16,7 +16,7 @@ from flax import nnx
 
 from experiments import federated_lab
 from experiments.console import CONSOLE, told
-from l4jax import checkpoints, lora, paths, presets
+from l4jax import checkpoints, lora, presets
 from l4jax.config import Execution, TextConfig
 from l4jax.data import conversations, pipeline, sources, tokenizing
 from l4jax.data import tokenizer as tokenizers
@@ -354,11 +354,9 @@ class Lab:
         return None if found[0] is None else np.stack([np.asarray(x) for x in found])
 
     def trained_bytes(self, network: Network) -> int:
-        """Bytes of what is trained."""
-        leaves = zip(paths.names(network.params), jax.tree.leaves(network.params), strict=True)
-        second = network.rule == "freeze_a"
-        trained = adapters.second if second else lora.trainable
-        return sum(x.nbytes for name, x in leaves if not network.rule or trained(name))
+        """Bytes of what is trained, and sent."""
+        algorithm, _ = self._algorithm(network, "fedavg", self.settings.steps, alone=False)
+        return algorithm.traffic(network.params).up
 
     def _held_out(self) -> Any:
         """A batch of each domain, all of one shape."""

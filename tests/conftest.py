@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import pathlib
 import signal
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_platforms", os.environ.get("L4JAX_TEST_PLATFORMS", "cpu"))
 if "L4JAX_TEST_PLATFORMS" not in os.environ:
@@ -22,6 +24,9 @@ if "L4JAX_TEST_PLATFORMS" not in os.environ:
 
 # A suite that runs in the background inherits that Ctrl-C is ignored; tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What tests make lives long: the defaults look for garbage ten times as often as it pays.
+gc.set_threshold(100_000, 20, 20)
 
 FAMILIES = (
     "llama4-scout",
@@ -36,6 +41,21 @@ ROWS, LENGTH = 4, 75
 """Shape of most test batches: four chunks of 16 and a rest."""
 
 # l4jax is imported inside functions: the runtime type checker must be installed before that.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_apart():
+    """What a file leaves behind does not matter to the next one.
+
+    Compiled programs above all are not searched for garbage again; and where a recipe has turned on
+    the cache of programs on disk, it is turned off: programs for TPUs cannot be read back from it.
+    """
+    before = jax.config.values["jax_compilation_cache_dir"]
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+    gc.collect()
+    gc.freeze()
 
 
 class Twin(NamedTuple):

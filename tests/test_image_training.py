@@ -259,12 +259,9 @@ def test_what_cannot_see_says_so(files, tmp_path, monkeypatch, capsys):
     assert "chats.jsonl:4: the record has images, and the model reads text only" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "default", "data"),
-    [
-        (sft, sft.Sft(), "chats"),
-        pytest.param(dpo, dpo.Dpo(), "pairs", marks=pytest.mark.slow),
-    ],
+    ("recipe", "default", "data"), [(sft, sft.Sft(), "chats"), (dpo, dpo.Dpo(), "pairs")]
 )
 def test_two_processes_train_as_one_does(files, tmp_path, monkeypatch, recipe, default, data):
     """Each makes half of the tiles, whichever rows they are for."""

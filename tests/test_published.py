@@ -429,7 +429,7 @@ def test_hugging_face_to_every_format(name, hollow, tmp_path):
         assert shapes_of(plan_of(ours, tmp_path / "m", "meta", shards=n).target) == in_shards(m, n)
 
 
-@pytest.mark.parametrize(("name", "shards"), params(FILES, [("llama4-scout", 8)]))
+@pytest.mark.parametrize(("name", "shards"), params(FILES, []))
 def test_meta_to_every_format(name, shards, tmp_path):
     from l4jax import presets
     from l4jax.checkpoints import directory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 
@@ -237,9 +238,23 @@ def test_experts_and_unknown_types_have_no_low_precision():
         unchecked(quantization.low_precision)(plain(), ("*.q",), "int4")
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
-@pytest.mark.parametrize("patterns", [weights.EVERY, ("*.ffn.gate", "*.attention.o")])
-@pytest.mark.parametrize("name", ["tiny-llama4-scout", "tiny-llama4-maverick", "tiny-llama3-8b"])
+SOME = ("*.ffn.gate", "*.attention.o")
+KEPT = (
+    ("tiny-llama4-scout", weights.EVERY, "int4"),
+    ("tiny-llama4-maverick", SOME, "int8"),
+    ("tiny-llama3-8b", SOME, "fp8"),
+)
+CASES = [
+    pytest.param(*case, marks=() if case in KEPT else pytest.mark.slow)
+    for case in itertools.product(
+        ("tiny-llama4-scout", "tiny-llama4-maverick", "tiny-llama3-8b"),
+        (weights.EVERY, SOME),
+        ("int8", "int4", "fp8"),
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "patterns", "scheme"), CASES)
 def test_hugging_face_directories_hold_what_is_quantized_in_memory(
     name, patterns, scheme, tmp_path
 ):

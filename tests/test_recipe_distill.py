@@ -126,6 +126,7 @@ def test_a_teacher_may_lie_on_other_devices(go, whole, tmp_path):
     assert go(tmp_path / "many", "--mesh", "data=2", "--teacher-mesh", "data=8") == 1
 
 
+@pytest.mark.slow
 def test_a_teacher_may_learn_too(go, whole, files, tmp_path, monkeypatch):
     """Killed and resumed: both models go on; and both are saved."""
     out, weight = tmp_path / "out", objectives.soft_weight

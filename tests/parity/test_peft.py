@@ -90,10 +90,14 @@ PARTIAL = (
     (("*.shared.down", "layers.0.ffn.up"), 5, 1.0),
     (("*.1.ffn.down",), 1, 2.0),
 )
-CASES = [(name, ((("*",), 3, 6.0),)) for name in FAMILIES] + [("llama4-scout", PARTIAL)]
+CASES = [
+    pytest.param(name, ((("*",), 3, 6.0),), id=name, marks=pytest.mark.slow) for name in FAMILIES
+]
 
 
-@pytest.mark.parametrize(("name", "layers"), CASES, ids=[*FAMILIES, "partial"])
+@pytest.mark.parametrize(
+    ("name", "layers"), [*CASES, pytest.param("llama4-scout", PARTIAL, id="partial")]
+)
 def test_peft_computes_what_our_adapters_do(name, layers, written, tmp_path):
     from l4jax import checkpoints, lora
     from l4jax.checkpoints import peft as ours
