@@ -31,7 +31,7 @@ def main(kind: type[S], run: Callable[[S], Any], about: str | None, name: str) -
     """
     status = 2
     try:
-        settings = tyro.cli(kind, description=about)
+        settings = tyro.cli(kind, description=about, config=(tyro.conf.OmitArgPrefixes,))
         status = 1
         distributed.initialize()
         with signals.ending():

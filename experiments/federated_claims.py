@@ -75,7 +75,7 @@ class Runs:
 
     def central(self, lab: Lab, seed: int) -> dict[int, float]:
         """Accuracy by epoch of SGD with ten times the batch."""
-        algorithm = lab.algorithm(scale=lab.settings.clients)
+        algorithm = lab.large_batches()
         return lab.curve(f"sgd-{seed}", [lab.examples.train], seed=seed, algorithm=algorithm)
 
     def shared(

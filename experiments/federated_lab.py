@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
+import optax
 from flax import nnx
 
+from experiments import leaves
 from experiments.console import CONSOLE
 from l4jax import paths
 from l4jax.federated import (
@@ -35,6 +37,7 @@ from l4jax.training import checkpointing, tracking
 
 Name = Literal["digits", "textures", "keywords", "mnist", "cifar10", "speech_commands"]
 Study = Literal["partitions", "divergence", "emd", "sharing"]
+Algorithm = Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedprox", "scaffold", "diloco"]
 MOST_SHARED = 0.2
 """Largest β that federations have room for."""
 
@@ -54,6 +57,15 @@ VALUES: dict[str, Values] = {
     "mnist": Values(10, 0.01, 0.995),
     "cifar10": Values(10, 0.1, 0.992),
     "speech_commands": Values(10, 0.05, 0.992),
+}
+
+
+SERVERS: dict[str, Callable[..., algorithms.Algorithm]] = {
+    "fedavgm": algorithms.fedavgm,
+    "fedadam": algorithms.fedadam,
+    "fedyogi": algorithms.fedyogi,
+    "scaffold": algorithms.scaffold,
+    "diloco": algorithms.diloco,
 }
 
 
@@ -82,6 +94,13 @@ class Settings:
     """By which the learning rate is multiplied after each round; these three by the set's own."""
     network: Literal["small", "dense", "paper"] = "small"
     """Two small convolutions; dense layers alone; or a candidate for the paper's."""
+    algorithm: Algorithm = "fedavg"
+    """Of clients; what is trained in one place is trained by SGD."""
+    server_rate: float | None = None
+    """Learning rate of the server's steps; by default the algorithm's own."""
+    mu: float | None = None
+    """μ of FedProx, which needs one."""
+    cohorts: leaves.Cohorts = leaves.Cohorts()
     evaluate_every: int = 5
     checkpoint_every: int | None = None
     """Rounds between checkpoints of a run; by default a run that was cut begins anew."""
@@ -104,6 +123,16 @@ class Settings:
             raise ValueError(f"set {self.set}: --data is for mnist, cifar10 and speech_commands")
         if self.network == "paper" and self.set not in networks.PAPER:
             raise ValueError(f"network paper: there is none for {self.set}")
+        self._check_rounds()
+
+    def _check_rounds(self) -> None:
+        if self.server_rate is not None and not 0 < self.server_rate < 1e3:
+            raise ValueError(f"server_rate {self.server_rate:g} must be above 0 and below 1000")
+        if (self.mu is None) == (self.algorithm == "fedprox"):
+            raise ValueError(f"mu {self.mu}: it belongs to --algorithm fedprox, which needs it")
+        if any(n > 1 for axis, n in self.cohorts.sizes.items() if axis != mapping.AXIS):
+            raise ValueError(f"mesh {self.cohorts.mesh}: these networks lie on one device each")
+        self.cohorts.check(self.clients)
 
     @property
     def values(self) -> Values:
@@ -202,6 +231,10 @@ class Lab:
         most = round(len(self.examples.own) * MOST_SHARED)
         self.width = -(-len(self.examples.train) // settings.clients) + most
         self._algorithms: dict[tuple, algorithms.Algorithm] = {}
+        self.mesh = settings.cohorts.make_mesh()
+        values = settings.values
+        self._rate = lambda number: values.rate * values.decay**number
+        self._clients = self._chosen()
 
     def params(self, seed: int) -> Any:
         """Initial weights."""
@@ -212,14 +245,14 @@ class Lab:
         width = max(self.width, *map(len, parts)) if len(parts) > 1 else None
         return clients.gather(self.pool, parts, width=width)
 
-    def algorithm(self, *, scale: int = 1) -> algorithms.Algorithm:
-        """FedAvg with `scale` times the batch."""
-        values = self.settings.values
-        return self._fedavg(
-            rate=lambda number: values.rate * values.decay**number,
-            batch=scale * values.batch,
-            epochs=self.settings.epochs,
-        )
+    def algorithm(self) -> algorithms.Algorithm:
+        """What the settings say."""
+        return self._clients
+
+    def large_batches(self) -> algorithms.Algorithm:
+        """SGD in one place, with as many examples in a step as all clients have together."""
+        s = self.settings
+        return self._fedavg(rate=self._rate, batch=s.clients * s.values.batch, epochs=s.epochs)
 
     def curve(  # noqa: PLR0913 - what is trained, on what, from where, how long
         self,
@@ -261,11 +294,15 @@ class Lab:
             settings=simulation.Settings(
                 rounds=rounds,
                 seed=seed,
+                participation=(
+                    settings.cohorts.participation if len(parts) > 1 else clients.Participation()
+                ),
                 evaluate_every=min(settings.evaluate_every, rounds),
                 checkpoint_every=settings.checkpoint_every or rounds,
             ),
             evaluate=self.accuracy,
             resumable=settings.checkpoint_every is not None,
+            mesh=self.mesh if len(parts) > 1 else None,
         )
 
     def centrally(self, rows: np.ndarray, *, seed: int, epochs: int) -> tuple[Any, float]:
@@ -292,15 +329,29 @@ class Lab:
             found.append(jax.device_get(run.state.params))
         return metrics.weight_divergence(*found)
 
+    def _chosen(self) -> algorithms.Algorithm:
+        s = self.settings
+        local = Local(loss=self.loss, rate=self._rate, batch=s.values.batch, epochs=s.epochs)
+        options = s.cohorts.options(block=self._block(), mesh=self.mesh)
+        rate = {} if s.server_rate is None else {"rate": s.server_rate}
+        if s.algorithm in ("fedavg", "fedprox"):
+            local = dataclasses.replace(local, proximal=s.mu or 0.0)
+            return algorithms.fedavg(
+                local, server=optax.sgd(rate.get("rate", 1.0)), options=options
+            )
+        return SERVERS[s.algorithm](local, options=options, **rate)
+
     def _fedavg(self, **values: Any) -> algorithms.Algorithm:
         """One for each set of values: what is alike is compiled once."""
         key = tuple((name, None if callable(x) else x) for name, x in values.items())
         if key not in self._algorithms:
-            block = mapping.block_size(self.params(0), batched=not self.network.convolutions)
             self._algorithms[key] = algorithms.fedavg(
-                Local(loss=self.loss, **values), options=algorithms.Options(block=block)
+                Local(loss=self.loss, **values), options=algorithms.Options(block=self._block())
             )
         return self._algorithms[key]
+
+    def _block(self) -> int | None:
+        return mapping.block_size(self.params(0), batched=not self.network.convolutions)
 
     def _module(self, seed: int) -> networks.Classifier:
         return networks.Classifier(self.network, rngs=nnx.Rngs(seed))
@@ -338,6 +389,7 @@ def carry_out(  # noqa: PLR0913 - what is trained, on what, from where, how, and
     settings: simulation.Settings,
     evaluate: Any,
     resumable: bool,
+    mesh: Any = None,
 ) -> Any:
     """Makes the rounds of a run that are missing; the parameters after the last.
 
@@ -349,6 +401,7 @@ def carry_out(  # noqa: PLR0913 - what is trained, on what, from where, how, and
         settings: how it goes.
         evaluate: what is measured.
         resumable: whether to go on with the last checkpoint, and to make some.
+        mesh: the algorithm's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     saved = checkpointing.Checkpoints(folder / "checkpoints", keep=1) if resumable else None
@@ -366,6 +419,7 @@ def carry_out(  # noqa: PLR0913 - what is trained, on what, from where, how, and
             evaluate=evaluate,
             checkpoints=saved,
             trackers=trackers,
+            mesh=mesh,
         ).state.params
     finally:
         for tracker in trackers:

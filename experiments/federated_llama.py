@@ -57,6 +57,11 @@ Report = dict[str, Any]
 
 def run(settings: Settings) -> Report:
     """Makes the studies, and writes what they found and the model."""
+    with settings.cohorts.use():
+        return _run(settings)
+
+
+def _run(settings: Settings) -> Report:
     found, tokenizer = federated_text.texts(settings)
     model = federated_text.start(settings, tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -68,7 +73,10 @@ def run(settings: Settings) -> Report:
     # What cannot be drawn or adapted is refused before anything is written.
     for rho in {settings.replay, *(RHOS if "replay" in settings.studies else ())}:
         lab.mixed(rho)
-    lab.chosen()
+    compared = RULES if "lora" in settings.studies else ()
+    for network in (lab.chosen(), *(lab.network(rule, RANK) for rule in compared)):
+        lab.trained_bytes(network)
+    private = settings.cohorts.guarantee(lab.clients, settings.rounds)
     federated_lab.begin(settings, free=FREE)
     CONSOLE.print(
         f"{roofline.parameters(model.config).total:,} parameters; "
@@ -78,6 +86,8 @@ def run(settings: Settings) -> Report:
         + f" rows of {settings.length} tokens",
         highlight=False,
     )
+    for text in private.get("warnings", ()):
+        console.say(f"privacy: {text}")
     lab.warm(settings.warm_rounds)
     made: dict[str, Callable[[Lab], Report]] = {
         "rounds": rounds,
@@ -86,7 +96,7 @@ def run(settings: Settings) -> Report:
         "diloco": diloco,
         "lora": rules,
     }
-    report: Report = {"data": skew(lab)}
+    report: Report = {"data": skew(lab)} | ({"privacy": private} if private else {})
     report |= {name: made[name](lab) for name in settings.studies}
     save_model(lab, tokenizer)
     text = json.dumps(federated_lab.named(report), indent=1)
@@ -292,6 +302,10 @@ def table(settings: Settings, report: Report) -> str:
         "|---|---|",
     ]
     rows: dict[str, float] = {"EMD of domains": report["data"]["emd_domains"]}
+    if "privacy" in report:
+        rows[f"ε of privacy after {s.rounds} rounds, δ {s.cohorts.delta:g}"] = report["privacy"][
+            "epsilon"
+        ]
     for name, x in report["data"].get("emd_experts", {}).items():
         rows[f"EMD of experts' load, {name}"] = x
     if "rounds" in report:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments import federated_lab
+from experiments import federated_lab, leaves
 from experiments.console import CONSOLE, told
 from l4jax import checkpoints, lora, presets
 from l4jax.config import Execution, TextConfig
@@ -86,6 +86,7 @@ class Settings:
     """Which weights have adapters, by patterns on their names."""
     rule: adapters.Rule = "exact"
     """How adapters are averaged: cheap and biased, a frozen, or exact."""
+    cohorts: leaves.Cohorts = leaves.Cohorts()
 
     def __post_init__(self) -> None:
         for name in ("rounds", "steps", "batch", "rows"):
@@ -248,7 +249,8 @@ class Lab:
 
     def __init__(self, settings: Settings, found: Texts, model: Llama) -> None:
         self.settings, self.texts, self.model = settings, found, model
-        self.clients = len(found.names)
+        self.clients, self.mesh = len(found.names), settings.cohorts.make_mesh()
+        settings.cohorts.check(self.clients)
         self.pool = {name: jnp.asarray(x) for name, x in found.pool.items()}
         # One width for all that is trained in one place, one for all that is federated.
         self._widths = (
@@ -295,10 +297,15 @@ class Lab:
             network.params,
             clients.gather(self.pool, parts, width=self._widths[not alone]),
             settings=simulation.Settings(
-                rounds=rounds or s.rounds, seed=s.seed, evaluate_every=1, checkpoint_every=1
+                rounds=rounds or s.rounds,
+                seed=s.seed,
+                participation=clients.Participation() if alone else s.cohorts.participation,
+                evaluate_every=1,
+                checkpoint_every=1,
             ),
             evaluate=evaluate,
             resumable=True,
+            mesh=None if alone else self.mesh,
         )
         lines = tracking.read(folder / "metrics.jsonl")
         curve = {line["step"] + 1: line["eval_loss"] for line in lines}
@@ -391,8 +398,9 @@ class Lab:
     def _server(
         self, local: Local, rule: adapters.Rule | None, server: Server, alone: bool
     ) -> algorithms.Algorithm:
-        s, options = self.settings, algorithms.Options(block=1, weights="clients")
-        outer = None
+        s, outer = self.settings, None
+        cohorts, mesh = (leaves.Cohorts(), None) if alone else (s.cohorts, self.mesh)
+        options = cohorts.options(block=1, weights="clients", mesh=mesh)
         if server == "diloco" and not alone:
             outer = optax.sgd(s.outer_rate, momentum=s.outer_momentum, nesterov=True)
         if rule is None:

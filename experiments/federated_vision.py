@@ -5,7 +5,8 @@
     python -m experiments.federated_vision --set mnist --data DIR --network paper --rounds 500
 
 Splits a data set among clients, evenly, two classes each and one class each, and trains by FedAvg
-against SGD with batches K times larger; measures by how much weights diverge, by layer and against
+(or another --algorithm, with sampled clients, smaller or private updates: --help has them) against
+SGD with batches K times larger; measures by how much weights diverge, by layer and against
 the EMD; and what a small set does that all clients share (β, α), warm-up included, beside training
 on that set alone.
 
@@ -55,12 +56,15 @@ def run(settings: Settings) -> Report:
     # What cannot be split is refused before anything is left in the folder.
     for rows in (lab.examples.train, lab.examples.own):
         splits(lab, settings.seeds[0], rows)
+    private = settings.cohorts.guarantee(settings.clients, settings.rounds)
     federated_lab.begin(settings, free=FREE)
     CONSOLE.print(
         f"{settings.set}: {len(lab.examples.train)} examples to train on, "
         f"{len(lab.examples.test)} to test; network: {lab.network.provenance}",
         highlight=False,
     )
+    for text in private.get("warnings", ()):
+        console.say(f"privacy: {text}")
     made: dict[str, Callable[[Lab], Report]] = {
         "partitions": partitions,
         "divergence": divergence,
@@ -68,6 +72,8 @@ def run(settings: Settings) -> Report:
         "sharing": shares,
     }
     report = {name: made[name](lab) for name in settings.studies}
+    if private:
+        report["privacy"] = private
     text = json.dumps(federated_lab.named(report), indent=1)
     checkpointing.write(settings.out / "report.json", text + "\n")
     checkpointing.write(settings.out / "results.md", table(settings, lab, report))
@@ -99,11 +105,11 @@ def partitions(lab: Lab) -> Report:
                 _save(s, figure, f"clients_{_slug(name)}")
             curve = lab.curve(f"{_slug(name)}-{seed}", parts, seed=seed)
             runs.setdefault(name, []).append(curve)
-        algorithm = lab.algorithm(scale=s.clients)
+        algorithm = lab.large_batches()
         name = f"SGD, batch {s.clients * s.values.batch}"
         curve = lab.curve(f"sgd-{seed}", [train], seed=seed, algorithm=algorithm)
         runs.setdefault(name, []).append(curve)
-    title = f"{s.set}: FedAvg, {s.clients} clients, B = {s.values.batch}, E = {s.epochs}"
+    title = f"{s.set}: {s.algorithm}, {s.clients} clients, B = {s.values.batch}, E = {s.epochs}"
     _save(s, drawing.curves(runs, title=title, dashed=name), "accuracy")
     return {"accuracy": runs, "last": {name: [last(c) for c in cs] for name, cs in runs.items()}}
 
@@ -210,14 +216,18 @@ def table(settings: Settings, lab: Lab, report: Report) -> str:
         f"`{command}`",
         "",
         f"{s.set} ({origin}), network {s.network} ({lab.network.provenance}), seeds "
-        f"{', '.join(map(str, s.seeds))}, {s.clients} clients, {s.rounds} rounds, B {v.batch}, "
-        f"E {s.epochs}, learning rate {v.rate:g} × {v.decay:g}^round. Accuracies are means of the "
-        "last three measurements.",
+        f"{', '.join(map(str, s.seeds))}, {s.clients} clients, {s.algorithm}, {s.rounds} rounds, "
+        f"B {v.batch}, E {s.epochs}, learning rate {v.rate:g} × {v.decay:g}^round. Accuracies are "
+        "means of the last three measurements.",
         "",
         "| what | mean | each seed or draw |",
         "|---|---|---|",
     ]
     rows: dict[str, list[float]] = {}
+    if "privacy" in report:
+        rows[f"ε of privacy after {s.rounds} rounds, δ {s.cohorts.delta:g}"] = [
+            report["privacy"]["epsilon"]
+        ]
     if "partitions" in report:
         rows |= {f"accuracy, {x}": ys for x, ys in report["partitions"]["last"].items()}
     if "divergence" in report:

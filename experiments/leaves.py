@@ -15,6 +15,8 @@ from flax import nnx
 from l4jax import lora, paths, quantization, sharding, weights
 from l4jax.config import Execution, Remat
 from l4jax.data import sources, tokenizing
+from l4jax.federated import algorithms, clients, mapping, privacy
+from l4jax.federated.compression import Compression
 from l4jax.models.llama4 import Llama
 from l4jax.planning import meshes
 from l4jax.training import loop, optimizers, schedules
@@ -182,6 +184,88 @@ class Adapters:
         key = jax.random.key(seed)
         model = lora.apply(model, self.adapt, rank=self.rank, alpha=self.alpha, key=key)
         return model, lora.trainable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cohorts:
+    """Who takes part in a federation's rounds, what is sent, and where clients compute."""
+
+    per_round: int | None = None
+    """Clients of a round, drawn anew for each; by default all."""
+    dropout: float = 0.0
+    """Probability that a client of a round never answers."""
+    stragglers: float = 0.0
+    """Probability that a client of a round gets only some of its steps done."""
+    keep: float = 1.0
+    """Share of an update's entries that are sent, the largest ones; a client adds the others to its
+    next update."""
+    bits: int = 32
+    """Of an entry that is sent, 2 to 16 or 32; fewer are rounded at random."""
+    clip: float | None = None
+    """Largest norm of a client's update: with --noise, differential privacy of clients."""
+    noise: float = 0.0
+    """z: the sum of a round's updates gets noise of the standard deviation z · clip."""
+    delta: float = 1e-5
+    """Probability that this privacy fails."""
+    mesh: str | None = None
+    """Groups of devices that clients train on at once, and how a model lies on each, such as
+    clients=4 or clients=2,fsdp=2; by default one device takes client after client."""
+
+    def __post_init__(self) -> None:
+        if self.clip is None and (self.noise or self.delta != Cohorts.delta):
+            raise ValueError("noise and delta belong to updates that are clipped: give --clip too")
+        if not 0 < self.delta < 1:
+            raise ValueError(f"delta {self.delta} must be above 0 and below 1")
+        _ = self.participation, self.options(), self.sizes  # refuse what is out of range
+
+    def check(self, count: int) -> None:
+        """Raises ValueError if a round has more clients than there are."""
+        self.participation.draw(count, 0, seed=0)
+
+    @property
+    def participation(self) -> clients.Participation:
+        """Who takes part."""
+        return clients.Participation(
+            per_round=self.per_round, dropout=self.dropout, stragglers=self.stragglers
+        )
+
+    def options(self, **own: Any) -> algorithms.Options:
+        """What is sent, and an algorithm's `own` options."""
+        sent, private = None, None
+        if self.keep != 1 or self.bits != 32:
+            sent = Compression(keep=self.keep, bits=self.bits)
+        if self.clip is not None:
+            private = privacy.Privacy(clip=self.clip, noise=self.noise)
+        return algorithms.Options(compression=sent, privacy=private, **own)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those of the mesh, `clients` first; empty if there is none."""
+        if self.mesh is None:
+            return {}
+        first, _, rest = self.mesh.partition(",")
+        axis, _, count = first.strip().partition("=")
+        if axis != mapping.AXIS or not count.isdecimal() or int(count) < 1:
+            raise ValueError(f"mesh {self.mesh!r}: write {mapping.AXIS}=4 first, then other axes")
+        return {axis: int(count), **meshes.parse(rest or "data=1")}
+
+    def make_mesh(self) -> jax.sharding.Mesh | None:
+        """The mesh, of the devices that are there."""
+        return mapping.make_mesh(**self.sizes) if self.mesh else None
+
+    def use(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, models are made and trained there."""
+        mesh = self.make_mesh()
+        return sharding.use(mesh) if mesh else contextlib.nullcontext()
+
+    def guarantee(self, count: int, rounds: int) -> dict[str, Any]:
+        """ε, δ and what should be said beside them; {} where nothing is private."""
+        if self.clip is None:
+            return {}
+        share = (self.per_round or count) / count
+        epsilon = privacy.epsilon(noise=self.noise, rounds=rounds, delta=self.delta, share=share)
+        said = privacy.warnings(clients=count, epsilon=epsilon, delta=self.delta)
+        return {"epsilon": epsilon, "delta": self.delta, "rounds": rounds, "warnings": said}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

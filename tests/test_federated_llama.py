@@ -432,6 +432,35 @@ def test_replay_and_diloco_are_drawn(go, tmp_path):
     assert {x.name for x in out.glob("*.png")} == {"replay.png", "bytes.png"}
 
 
+@pytest.mark.slow
+def test_groups_of_devices_are_clients(go, tmp_path):
+    """Two of the three clients' updates of a round, in 8 bits; on a mesh as on one device. A model
+    lies over its group's devices, between rounds too."""
+    found = {}
+    for mesh in ("clients=1", "clients=2,fsdp=2"):
+        out = tmp_path / mesh
+        sent = ("--per-round", 2, "--bits", 8, "--mesh", mesh, "--rounds", 2)
+        assert go(out, "--studies", "rounds", "--server", "diloco", *sent) == 0
+        found[mesh] = lines(out, "by-domain-0")
+        model = checkpoints.load(out / "model")
+        assert model.config == dataclasses.replace(CONFIG, vocab_size=300)
+    for line, other in zip(*found.values(), strict=True):
+        assert line["clients"] == 2
+        assert line["bytes_up"] == other["bytes_up"] < line["bytes_down"] / 3
+        assert line["eval_loss"] == pytest.approx(other["eval_loss"], abs=0.02)
+
+
+@pytest.mark.slow
+def test_private_clients_are_told_what_it_is_worth(go, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert go(out, "--studies", "rounds", "--clip", 1, "--noise", 0.1) == 0
+    assert "privacy: 3 clients are too few" in " ".join(capsys.readouterr().err.split())
+    assert "| ε of privacy after 2 rounds, δ 1e-05 |" in (out / "results.md").read_text()
+    assert go(tmp_path / "no", "--studies", "lora", "--clip", 1) == 1
+    assert "needs FedAvg, nothing added" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -13,7 +13,9 @@ import pytest
 from experiments import console
 from experiments import federated_lab as lab
 from experiments import federated_vision as recipe
-from l4jax.federated import files
+from l4jax.federated import algorithms, clients, files, privacy, simulation
+from l4jax.federated.compression import Compression
+from l4jax.federated.local import Local
 from l4jax.training import tracking
 
 RNG = np.random.default_rng(0)
@@ -96,9 +98,85 @@ def test_a_run_leaves_figures_numbers_and_can_be_resumed(tmp_path, monkeypatch, 
     assert json.loads((out / "report.json").read_text()) == report
 
 
+def test_clients_are_drawn_and_their_updates_small_and_private(
+    tmp_path, monkeypatch, capsys, small
+):
+    """On two groups of devices; against the pieces put together by hand."""
+    sent = ("--per-round", 4, "--keep", 0.5, "--bits", 8, "--clip", 0.5, "--noise", 0.1)
+    chosen = ("--algorithm", "fedyogi", "--server-rate", 0.02, "--studies", "partitions")
+    assert call(monkeypatch, *small, *chosen, *sent, "--delta", 0.01, "--mesh", "clients=2") == 0
+    assert "10 clients are too few" in capsys.readouterr().err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    epsilon = privacy.epsilon(noise=0.1, rounds=4, delta=0.01, share=0.4)
+    assert report["privacy"]["epsilon"] == pytest.approx(epsilon)
+    assert f"| ε of privacy after 4 rounds, δ 0.01 | {epsilon:.3f} |" in (
+        (tmp_path / "run" / "results.md").read_text()
+    )
+    plain = lab.Lab(
+        lab.Settings(set="mnist", data=str(tmp_path / "own.npz"), network="dense", rate=0.1)
+    )
+    compression = Compression(keep=0.5, bits=8)
+    algorithm = algorithms.fedyogi(
+        Local(loss=plain.loss, rate=lambda n: 0.1 * 0.995**n, batch=10),
+        rate=0.02,
+        options=algorithms.Options(
+            compression=compression, privacy=privacy.Privacy(clip=0.5, noise=0.1)
+        ),
+    )
+    parts = recipe.splits(plain, 0, plain.examples.train)["1 class each"]
+    expected = simulation.run(
+        algorithm,
+        plain.params(0),
+        plain.federation(parts),
+        settings=simulation.Settings(rounds=4, participation=clients.Participation(per_round=4)),
+    ).lines
+    found = tracking.read(tmp_path / "run" / "runs" / "1_class_each-0" / "metrics.jsonl")
+    for line, other in zip(found, expected, strict=True):
+        assert line["bytes_up"] == 4 * compression.bytes(plain.params(0)) == other["bytes_up"]
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    # What is trained in one place has one client, which sends all.
+    central = tracking.read(tmp_path / "run" / "runs" / "sgd-0" / "metrics.jsonl")
+    assert [line["clients"] for line in central] == [1] * 4
+
+
+@pytest.mark.parametrize("name", ["fedprox", "scaffold", "diloco"])
+def test_algorithms_are_those_of_the_library(name):
+    values = {"mu": 0.5} if name == "fedprox" else {}
+    made = lab.Lab(lab.Settings(network="dense", algorithm=name, **values))
+    local = Local(loss=made.loss, rate=lambda n: 0.1 * 0.995**n, batch=10)
+    expected = getattr(algorithms, name)(local, **values)
+    parts = recipe.splits(made, 0, made.examples.train)["2 classes each"]
+    losses = [
+        simulation.run(
+            algorithm,
+            made.params(0),
+            made.federation([part[:20] for part in parts]),
+            settings=simulation.Settings(rounds=3),
+        ).lines[-1]["loss"]
+        for algorithm in (
+            made.algorithm(),
+            expected,
+            lab.Lab(lab.Settings(network="dense")).algorithm(),
+        )
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] != pytest.approx(losses[2], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--algorithm", "fedprox"), "mu None: it belongs to --algorithm fedprox, which needs it"),
+        (("--mu", "0.1"), "mu 0.1: it belongs to --algorithm fedprox"),
+        (("--server-rate", "0"), "server_rate 0 must be above 0"),
+        (("--per-round", "11"), "per_round 11 exceeds the 10 clients"),
+        (("--noise", "1"), "give --clip too"),
+        (("--delta", "0.1"), "give --clip too"),
+        (("--clip", "0"), "clip 0.0 must be above 0"),
+        (("--bits", "1"), "bits 1 must be from 2 to 16"),
+        (("--dropout", "2"), "dropout 2.0 must be from 0 to 1"),
+        (("--mesh", "fsdp=2"), "write clients=4 first"),
+        (("--mesh", "clients=2,fsdp=2"), "these networks lie on one device each"),
         (("--rounds", "0"), "rounds 0 must be at least 1"),
         (("--set", "mnist"), "--data is for mnist"),
         (("--data", "x"), "--data is for mnist"),

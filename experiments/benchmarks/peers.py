@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -186,7 +187,7 @@ def environment() -> dict[str, object]:
     """Date, machine and versions."""
     import jax
 
-    packages = ("l4jax", "jax", "jaxlib", "flax", "optax", "torch", "transformers")
+    packages = ("l4jax", "jax", "jaxlib", "flax", "optax", "torch", "transformers", "flwr")
     return {
         "date": datetime.date.today().isoformat(),
         "machine": platform.machine(),
@@ -195,7 +196,11 @@ def environment() -> dict[str, object]:
         "load_average": os.getloadavg()[0],
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in packages
+            if importlib.util.find_spec(name)
+        },
     }
 
 

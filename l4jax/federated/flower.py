@@ -135,40 +135,45 @@ def client_app(join: Callable[[Mapping[str, Any], Mapping[str, Any]], Site]) -> 
 
     app = ClientApp()
 
-    # A process that lives on, as in Flower's simulation, loads once.
-    @functools.lru_cache(maxsize=16)
-    def ready(run: tuple, node: tuple) -> Site:
-        return join(dict(run), dict(node))
-
     @app.train()
     def train(message: Any, context: Any) -> Any:
-        site = ready(*(tuple(x.items()) for x in (context.run_config, context.node_config)))
-        config = message.content[_CONFIG]
-        moving, fixed = site.local.parts(site.params)
-        like = jax.eval_shape(lambda x: x, moving)
-        start = joined(_tree(message.content[_ARRAYS], like), fixed)
-        size = len(next(iter(site.pool.values())))
-        client = Client(
-            id=jnp.asarray(site.number, jnp.int32),
-            rows=jnp.arange(size),
-            size=jnp.asarray(size, jnp.int32),
-            steps=site.local.steps(jnp.asarray(size, jnp.int32)),
-            alive=jnp.asarray(True),
-            state=_kept(site.local, context, like),
-        )
-        pool = {name: jnp.asarray(x) for name, x in site.pool.items()}
-        key, number = jax.random.key(config["seed"]), jnp.asarray(config["number"], jnp.int32)
-        trained = jax.device_get(_train(site.local, start, client, pool, key, number))
-        if site.local.keep and _finite((trained.params, trained.optimizer)):
-            context.state[_KEPT] = _record(trained.optimizer)
-        about = {"num-examples": size, "number": site.number, "loss": float(trained.loss)}
-        content = {
-            _ARRAYS: _record(trained.params),
-            _METRICS: app_module.MetricRecord(about),
-        }
-        return app_module.Message(app_module.RecordDict(content), reply_to=message)
+        content = _reply(join, message, context)
+        return app_module.Message(content, reply_to=message)
 
     return app
+
+
+# Flower's simulation pickles the app for every message. What has a name here, it takes from here,
+# with what is compiled and read already.
+def _reply(join: Callable[..., Site], message: Any, context: Any) -> Any:
+    """What a client sends back."""
+    site = _site(join, *(tuple(x.items()) for x in (context.run_config, context.node_config)))
+    config = message.content[_CONFIG]
+    moving, fixed = site.local.parts(site.params)
+    like = jax.eval_shape(lambda x: x, moving)
+    start = joined(_tree(message.content[_ARRAYS], like), fixed)
+    size = len(next(iter(site.pool.values())))
+    client = Client(
+        id=jnp.asarray(site.number, jnp.int32),
+        rows=jnp.arange(size),
+        size=jnp.asarray(size, jnp.int32),
+        steps=site.local.steps(jnp.asarray(size, jnp.int32)),
+        alive=jnp.asarray(True),
+        state=_kept(site.local, context, like),
+    )
+    pool = {name: jnp.asarray(x) for name, x in site.pool.items()}
+    key, number = jax.random.key(config["seed"]), jnp.asarray(config["number"], jnp.int32)
+    trained = jax.device_get(_train(site.local, start, client, pool, key, number))
+    if site.local.keep and _finite((trained.params, trained.optimizer)):
+        context.state[_KEPT] = _record(trained.optimizer)
+    about = {"num-examples": size, "number": site.number, "loss": float(trained.loss)}
+    flwr = _flwr()
+    return flwr.RecordDict({_ARRAYS: _record(trained.params), _METRICS: flwr.MetricRecord(about)})
+
+
+@functools.lru_cache(maxsize=16)
+def _site(join: Callable[..., Site], run: tuple, node: tuple) -> Site:
+    return join(dict(run), dict(node))
 
 
 @functools.partial(jax.jit, static_argnums=0)

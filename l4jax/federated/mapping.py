@@ -43,14 +43,20 @@ def make_mesh(devices: Sequence[Any] | None = None, *, clients: int, **axes: int
 
 
 def place(tree: Any, mesh: Mesh | None) -> Any:
-    """Arrays with a leading axis of clients, laid out over the mesh if its axis divides them."""
+    """Arrays with a leading axis of clients, laid out over the mesh if its axis divides them.
+
+    Dimensions behind it stay as they lie on the mesh's other axes.
+    """
     if mesh is None:
         return tree
     parts = mesh.shape[AXIS]
 
     def put(x: Any) -> jax.Array:
-        spec = PartitionSpec(AXIS) if x.shape[0] % parts == 0 else PartitionSpec()
-        return jax.device_put(x, NamedSharding(mesh, spec))
+        first = AXIS if x.shape[0] % parts == 0 else None
+        now = getattr(x, "sharding", None)
+        lies = isinstance(now, NamedSharding) and now.mesh == mesh
+        others = now.spec[1:] if lies else ()
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(first, *others)))
 
     return jax.tree.map(put, tree)
 
