@@ -53,9 +53,9 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
 
     def put(x: Any) -> jax.Array:
         first = AXIS if x.shape[0] % parts == 0 else None
-        now = getattr(x, "sharding", None)
-        lies = isinstance(now, NamedSharding) and now.mesh == mesh
-        others = now.spec[1:] if lies else ()
+        now, others = getattr(x, "sharding", None), PartitionSpec()
+        if isinstance(now, NamedSharding) and now.mesh == mesh:
+            others = now.spec[1:]
         return jax.device_put(x, NamedSharding(mesh, PartitionSpec(first, *others)))
 
     return jax.tree.map(put, tree)
