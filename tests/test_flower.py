@@ -23,6 +23,7 @@ import pytest
 from l4jax.federated import algorithms, clients, flower, simulation
 from l4jax.federated.clients import Participation
 from l4jax.federated.local import Local
+from l4jax.federated.privacy import Privacy
 from l4jax.federated.simulation import Settings
 from l4jax.training.checkpointing import Checkpoints
 
@@ -90,12 +91,15 @@ def simulated(algorithm, rounds=3, *, parts=None, params=None):
 
 
 # --- In one process ------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["mean", "adam", "diloco", "proximal", "part", "bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["mean", "adam", "diloco", "proximal", "part", "bfloat16", "private"]
+)
 def test_parameters_are_those_of_the_simulation(name):
     adam = Local(loss=toys.loss, rate=0.05, optimizer=optax.adam, batch=4, keep=True)
     outer = optax.sgd(0.7, momentum=0.9, nesterov=True)
     near = Local(loss=toys.loss, rate=0.1, batch=3, proximal=0.3)
     part = Local(loss=toys.loss, rate=0.1, batch=3, trained=lambda name: name.endswith("kernel"))
+    privacy = Privacy(clip=0.05, noise=0.3)
     small = toys.linear(jnp.bfloat16) if name == "bfloat16" else None
     local, server, simulation_ = {
         "mean": (LOCAL, {}, algorithms.fedavg(LOCAL)),
@@ -104,6 +108,11 @@ def test_parameters_are_those_of_the_simulation(name):
         "proximal": (near, {}, algorithms.fedavg(near)),
         "part": (part, {}, algorithms.fedavg(part)),
         "bfloat16": (LOCAL, {}, algorithms.fedavg(LOCAL)),
+        "private": (
+            LOCAL,
+            {"privacy": privacy},
+            algorithms.fedavg(LOCAL, options=algorithms.Options(privacy=privacy)),
+        ),
     }[name]
     expected = simulated(
         simulation_ or algorithms.fedavg(local, server=optax.adam(0.05)), params=small

@@ -30,7 +30,7 @@ from l4jax.federated.local import Client, Local, Loss, choose, joined
 from l4jax.federated.mapping import over_clients
 from l4jax.federated.privacy import Privacy
 
-_SERVER = 0xFFFFFFFF
+SERVER = 0xFFFFFFFF
 """Folded into a round's key for what the server draws; no client has this number."""
 
 
@@ -221,7 +221,7 @@ def _algorithm(
             return _client(local, options, common, client, bound=bound, control=control, of=of)
 
         sums, kept = over_clients(one, common, clients, block=options.block, mesh=options.mesh)
-        mean = _mean(sums, options, clients.id.shape[0], jax.random.fold_in(key, _SERVER))
+        mean = _mean(sums, options, clients.id.shape[0], jax.random.fold_in(key, SERVER))
         gradient = jax.tree.map(jnp.negative, mean)
         moving, fixed = local.parts(state.params)
         updates, after = server.update(gradient, state.server, _wide(moving))

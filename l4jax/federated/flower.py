@@ -40,8 +40,9 @@ import numpy as np
 import optax
 
 from l4jax import paths
+from l4jax.federated import privacy as private
 from l4jax.federated import simulation
-from l4jax.federated.algorithms import State
+from l4jax.federated.algorithms import SERVER, State
 from l4jax.federated.local import Client, Local, Trained, joined
 
 LOG = logging.getLogger("flwr")
@@ -91,6 +92,9 @@ class Server:
     """Its gradient is the negative mean of how far clients moved; `optax.sgd(1)` is FedAvg."""
     weights: Literal["examples", "clients"] = "examples"
     """Whether a client counts by its examples, or all alike."""
+    privacy: private.Privacy | None = None
+    """The server clips what it gets and adds the noise, and all clients count alike: it sees single
+    updates, those who get its parameters do not."""
     timeout: float = 3600.0
     """Seconds that a round waits for clients to come, and then for their answers."""
     evaluate: Callable[[Any], Mapping[str, float]] | None = None
@@ -249,6 +253,7 @@ def run(grid: Any, server: Server) -> simulation.Result:
         "weights": server.weights,
         "per_round": settings.participation.per_round,
         "trained": list(paths.names(server.local.parts(params)[0])),
+        **({"privacy": dataclasses.asdict(server.privacy)} if server.privacy else {}),
     }
     start, state = _resumed(checkpoints, about, state)
     if start and server.local.keep:
@@ -270,10 +275,8 @@ def run(grid: Any, server: Server) -> simulation.Result:
         except simulation.NoClients:
             save(number, wait=True)
             raise
-        shares = _shares(answers, server.weights)
-        moving, _ = server.local.parts(state.params)
-        mean = _mean([a.params for a in answers], _wide(moving), shares)
-        state = step(state, mean)
+        shares = _shares(answers, server)
+        state = step(state, _mean(server, state, answers, shares, line))
         line["loss"] = float(sum(s * a.loss for s, a in zip(shares, answers, strict=True)))
         last = number + 1 == settings.rounds
         if server.evaluate is not None and (last or (number + 1) % settings.evaluate_every == 0):
@@ -398,20 +401,34 @@ def _answer(content: Any, like: Any) -> _Answer:
     return _Answer(number, size, loss if math.isfinite(loss) else 0.0, _tree(arrays, like))
 
 
-def _shares(answers: Sequence[_Answer], weights: str) -> list[np.float32]:
+def _shares(answers: Sequence[_Answer], server: Server) -> list[np.float32]:
     """Of each client in the mean."""
-    counts = [1.0 if weights == "clients" else float(a.size) for a in answers]
+    alike = server.weights == "clients" or server.privacy
+    counts = [1.0 if alike else float(a.size) for a in answers]
     return [np.float32(x / sum(counts)) for x in counts]
 
 
-def _mean(params: Sequence[Any], start: Any, shares: Sequence[np.float32]) -> Any:
-    """How far clients moved on average."""
-    start, *params = jax.tree.map(np.asarray, [start, *params])
-
-    def one(was: np.ndarray, *now: np.ndarray) -> np.ndarray:
-        return sum((s * (x - was) for s, x in zip(shares, now, strict=True)), np.zeros_like(was))
-
-    return jax.tree.map(one, start, *params)
+def _mean(
+    server: Server,
+    state: State,
+    answers: Sequence[_Answer],
+    shares: Sequence[np.float32],
+    line: Mapping[str, Any],
+) -> Any:
+    """How far clients moved on average, as the server sees it."""
+    start = jax.tree.map(np.asarray, _wide(server.local.parts(state.params)[0]))
+    moved = [jax.tree.map(lambda x, was: np.asarray(x) - was, a.params, start) for a in answers]
+    rule = server.privacy
+    if rule:
+        asked = sum(line[x] for x in ("clients", "excluded", "refused", "missing"))
+        moved = [private.clipped(x, rule.clip) for x in moved]
+        shares = [np.float32(1 / asked)] * len(moved)
+    mean = jax.tree.map(lambda *xs: sum(s * x for s, x in zip(shares, xs, strict=True)), *moved)
+    if not rule:
+        return mean
+    key = jax.random.fold_in(jax.random.key(server.settings.seed), line["step"])
+    key = jax.random.fold_in(key, SERVER)
+    return private.with_noise(mean, rule.noise * rule.clip / asked, key)
 
 
 def _step(server: Server, state: State, mean: Any) -> State:
