@@ -93,8 +93,7 @@ class Server:
     weights: Literal["examples", "clients"] = "examples"
     """Whether a client counts by its examples, or all alike."""
     privacy: private.Privacy | None = None
-    """The server clips what it gets and adds the noise, and all clients count alike: it sees single
-    updates, those who get its parameters do not."""
+    """The server clips and adds noise, and counts all clients alike; it sees single updates."""
     timeout: float = 3600.0
     """Seconds that a round waits for clients to come, and then for their answers."""
     evaluate: Callable[[Any], Mapping[str, float]] | None = None
