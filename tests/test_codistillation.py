@@ -58,6 +58,7 @@ def test_each_has_the_gradient_that_it_would_have_alone(pair):
     close(found, {"teacher": teachers, "student": students}, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_a_teacher_alone_and_of_a_student_who_asks_it_each_time(pair):
     """With a norm to clip at that the teacher exceeds and the student does not."""
 

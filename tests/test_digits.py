@@ -15,6 +15,7 @@ from l4jax import checkpoints
 from l4jax.data import images
 
 
+@pytest.mark.slow
 def test_a_run_leaves_answers_and_a_model_that_sees(tmp_path, monkeypatch):
     out = tmp_path / "out"
     argv = ("--questions=40", "--held-out=9", "--steps=3", "--batch=4", "--evaluate-every=2")

@@ -36,6 +36,7 @@ def mesh_of(shards, tensor=1):
 
 
 @functools.cache
+@functools.cache
 def after(name, block, shards):
     """States after five rounds of eleven clients, on one device or a mesh."""
     pool = toys.pool(sum(SIZES))
@@ -51,8 +52,16 @@ def after(name, block, shards):
 @pytest.mark.parametrize(
     ("name", "block", "shards"),
     [
-        *(("scaffold", *where) for where in ((1, 0), (3, 0), (None, 8), (1, 4), (2, 2))),
-        *((name, *where) for name in ("fedadam", "compressed") for where in ((3, 0), (2, 2))),
+        *(("scaffold", *where) for where in ((3, 0), (2, 2))),
+        *(
+            pytest.param("scaffold", *where, marks=pytest.mark.slow)
+            for where in ((1, 0), (None, 8), (1, 4))
+        ),
+        *(
+            pytest.param(name, *where, marks=pytest.mark.slow)
+            for name in ("fedadam", "compressed")
+            for where in ((3, 0), (2, 2))
+        ),
     ],
 )
 def test_any_block_and_mesh_gives_the_same(name, block, shards):

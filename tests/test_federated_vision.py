@@ -98,6 +98,7 @@ def test_a_run_leaves_figures_numbers_and_can_be_resumed(tmp_path, monkeypatch, 
     assert json.loads((out / "report.json").read_text()) == report
 
 
+@pytest.mark.slow
 def test_clients_are_drawn_and_their_updates_small_and_private(
     tmp_path, monkeypatch, capsys, small
 ):
@@ -139,7 +140,9 @@ def test_clients_are_drawn_and_their_updates_small_and_private(
     assert [line["clients"] for line in central] == [1] * 4
 
 
-@pytest.mark.parametrize("name", ["fedprox", "scaffold", "diloco"])
+@pytest.mark.parametrize(
+    "name", ["fedprox", *(pytest.param(x, marks=pytest.mark.slow) for x in ("scaffold", "diloco"))]
+)
 def test_algorithms_are_those_of_the_library(name):
     values = {"mu": 0.5} if name == "fedprox" else {}
     made = lab.Lab(lab.Settings(network="dense", algorithm=name, **values))

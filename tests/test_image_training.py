@@ -84,7 +84,11 @@ def test_a_batch_in_pieces_has_the_gradients_of_the_whole(mixture):
 
 
 @pytest.mark.parametrize(
-    "objective", [objectives.next_token(), objectives.dpo(reference_free=True)]
+    "objective",
+    [
+        pytest.param(objectives.next_token(), marks=pytest.mark.slow),
+        objectives.dpo(reference_free=True),
+    ],
 )
 def test_a_picture_of_both_answers_counts_as_two_would(objective):
     """It is encoded once, and gets the gradients of each."""
@@ -105,7 +109,7 @@ def test_a_picture_of_both_answers_counts_as_two_would(objective):
     close(gradients(batch, 1, objective), expected)
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("pieces", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_batch_on_a_mesh_has_the_gradients_of_one_device(mixture, pieces):
     """Tiles lie where they are encoded, whichever rows they are for."""
     expected = gradients(batch_of(mixture), 1)
@@ -126,6 +130,7 @@ def test_a_batch_on_a_mesh_has_the_gradients_of_one_device(mixture, pieces):
     close(found, expected)
 
 
+@pytest.mark.slow
 def test_the_encoder_may_learn_slower_or_not_at_all(mixture):
     batch = batch_of(mixture)
 
@@ -204,8 +209,8 @@ def change(before, after, prefix):
 @pytest.mark.parametrize(
     ("recipe", "default", "data"),
     [
-        (pretrain, pretrain.Pretrain(), "texts"),
-        (sft, sft.Sft(), "chats"),
+        pytest.param(pretrain, pretrain.Pretrain(), "texts", marks=pytest.mark.slow),
+        pytest.param(sft, sft.Sft(), "chats", marks=pytest.mark.slow),
         (dpo, dpo.Dpo(), "pairs"),
     ],
 )
@@ -236,6 +241,7 @@ def test_the_hardest_pictures_are_kept(files, tmp_path, monkeypatch, capsys):
     assert "plain: has no image encoder; leave --images or" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_reading_again_from_hugging_faces_format(files, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert go(sft, sft.Sft(), files, "chats", out, monkeypatch, "--export", "--mesh=data=2") == 0

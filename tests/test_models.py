@@ -277,6 +277,7 @@ def test_every_parameter_of_every_layer_learns(name, twin_of):
     assert np.all(np.abs(gradients["embed"][used]).max(1) > 0)
 
 
+@pytest.mark.slow
 def test_gradients_equal_finite_differences():
     """Along one random direction of all parameters; with one expert, so that no choice can jump."""
     model = scout_like(num_experts=1)

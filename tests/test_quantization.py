@@ -146,7 +146,13 @@ def test_only_floating_point_arrays_are_quantized():
 
 
 # --- Rounded in training -------------------------------------------------------------------------
-@pytest.mark.parametrize("axes", [{}, {"expert": 2, "fsdp": 2, "tensor": 2}], ids=["one", "mesh"])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        pytest.param({}, id="one", marks=pytest.mark.slow),
+        pytest.param({"expert": 2, "fsdp": 2, "tensor": 2}, id="mesh"),
+    ],
+)
 def test_rounding_passes_gradients_straight_through(axes):
     model, tokens = plain(), tokens_of()
     small = quantization.quantize(model, weights.EVERY, "int4", group=GROUP)

@@ -117,6 +117,7 @@ def test_a_killed_run_goes_on_where_it_was(go, whole, tmp_path, monkeypatch, sta
     assert (out / "report.json").read_text() == (whole / "report.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_stages_goes_on(go, whole, tmp_path, monkeypatch):
     out, finish = tmp_path / "out", midtrain.recipe.finish
 

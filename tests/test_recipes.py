@@ -114,6 +114,7 @@ def test_the_export_answers_alike_in_transformers(tuned):
     np.testing.assert_allclose(logits, expected, atol=2e-5 * expected.std(), rtol=0)
 
 
+@pytest.mark.slow
 def test_preferences_with_a_reference_and_with_adapters(files, tuned, tmp_path, monkeypatch):
     """A reference table and the base without its adapters begin with the same rewards: none."""
     given = ["--checkpoint", tuned / "model", "--data", files / "pairs.jsonl", "--steps=4", *SMALL]

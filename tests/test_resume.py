@@ -100,6 +100,7 @@ def test_a_checkpoint_that_is_half_written_is_none(start, whole, tmp_path, when)
     assert sorted(os.listdir(out / "checkpoints")) == ["20", "22"]
 
 
+@pytest.mark.slow
 def test_another_mesh_sees_the_same_batches_and_nearly_the_same_losses(tmp_path):
     """Eight devices, then four of them, laid out otherwise."""
 
@@ -144,6 +145,7 @@ def on_mesh(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_processes_stop_at_the_same_step_and_train_what_one_does(on_mesh, tmp_path):
     """The second of two is told to stop in the midst; all save, and go on when begun again."""
     out, command = tmp_path / "run", (TESTS / "run_worker.py",)

@@ -49,6 +49,7 @@ CONFIG = presets.tiny(presets.llama4_scout())
 CONFIG = dataclasses.replace(CONFIG, num_layers=2, pattern=CONFIG.pattern[-2:])
 
 
+@pytest.mark.slow
 def test_a_teacher_on_its_own_devices_teaches_a_student_on_others():
     """Of eight devices the teacher has four and the student two; nothing is said of either."""
     batch = packed([(9, 8, 7), (12, 11)] * 4, 32, vocabulary=CONFIG.vocab_size)

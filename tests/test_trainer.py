@@ -150,7 +150,13 @@ def mixed_batch():
     }
 
 
-@pytest.mark.parametrize("mesh", [{}, {"data": 2, "context": 2}], ids=["plain", "mesh"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param({"data": 2, "context": 2}, id="mesh"),
+    ],
+)
 def test_accumulation_cuts_what_has_rows_and_leaves_scalars_whole(mesh):
     with sharding.use(sharding.make_mesh(**mesh)) if mesh else contextlib.nullcontext():
         found = []
