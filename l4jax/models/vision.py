@@ -78,13 +78,35 @@ class Attention(nnx.Module):
                 (read(self.v, x.dtype), read(self.v_bias, x.dtype)),
             )
         )
-        # Heads first, as products want them: on CPUs faster than jax.nn's attention.
-        q, k, v = (y.swapaxes(1, 2) for y in (rotate(q, angles), rotate(k, angles), v))
-        scores = jnp.einsum("mnth,mnsh->mnts", q, k, preferred_element_type=jnp.float32)
-        shares = jax.nn.softmax(scores * q.shape[-1] ** -0.5).astype(x.dtype)
-        o = read(self.o, x.dtype)
-        out = (shares @ v).swapaxes(1, 2).reshape(*x.shape[:2], -1) @ o.reshape(-1, x.shape[2])
+        o, out = read(self.o, x.dtype), _attend(rotate(q, angles), rotate(k, angles), v)
+        out = out.reshape(*x.shape[:2], -1) @ o.reshape(-1, x.shape[2])
         return total(out, *param_mesh_axes(self.o)[0]) + read(self.o_bias, x.dtype)
+
+
+def _attend(
+    q: Float[Array, "m t n h"], k: Float[Array, "m t n h"], v: Float[Array, "m t n h"]
+) -> Float[Array, "m t n h"]:
+    """softmax(q k / √h) v, of each tile and head, in the type of v; shares are computed in float32.
+
+    Heads first, as products want them, and what comes out is divided, not the larger shares. On
+    CPUs heads follow each other: the scores of one stay in the cache. Together less than half the
+    time of jax.nn's attention there.
+    """
+    scale = q.shape[-1] ** -0.5
+
+    def head(q: Array, k: Array, v: Array) -> Array:
+        scores = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+        most = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+        shares = jnp.exp((scores - most) * scale)
+        out = jnp.matmul(shares.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (out / shares.sum(-1, keepdims=True)).astype(v.dtype)
+
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    if sharding.platform() != "cpu":
+        return head(q, k, v).swapaxes(1, 2)
+    apart = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
+    out = jax.lax.map(lambda qkv: head(*qkv), apart)
+    return out.reshape(v.shape).swapaxes(1, 2)
 
 
 class FeedForward(nnx.Module):
