@@ -342,6 +342,22 @@ def test_settings_change_the_tiles():
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "std", [(0.5, 0.5, 0.5), (0.229, 0.224, 0.225), (0.25, 1.0, 0.4), (2.0, 0.125, 3.0)]
+)
+def test_values_are_rounded_as_three_operations_round_them(std):
+    """All values of all channels, with deviations that are powers of two and others."""
+    mean, side = (0.485, 0.5, 0.3), 16
+    values = np.arange(256, dtype=np.uint8).reshape(side, side)
+    image = Image.fromarray(np.stack([values, values[::-1], values.T], axis=-1))
+    found = images.tile(image, Settings(tile_size=side, mean=mean, std=std)).tiles[0]
+    for n, band in enumerate((values, values[::-1], values.T)):
+        shares = band / np.float32(255)
+        expected = (shares - np.float32(mean[n])) / np.float32(std[n])
+        assert expected.dtype == np.float32
+        np.testing.assert_array_equal(found[n], expected)
+
+
 def test_many_images_are_what_each_is_alone():
     photos = [noise(3 + 11 * n, 50 - 5 * n, seed=n) for n in range(9)]
     together = images.process(photos, SMALL)

@@ -265,15 +265,18 @@ def _grids(most: int) -> np.ndarray:
 def _normalise(canvas: Image.Image, settings: Settings, out: np.ndarray) -> None:
     """Writes (pixels / 255 - mean) / std of a canvas into tiles [rows columns c y x] of float32.
 
-    It is rounded after every step, as Meta's is.
+    It is rounded after every step, as Meta's is. Where std is a power of two, as in all published
+    models, the last division is exact, and comes with the first.
     """
     rows, columns, _, y, x = out.shape
     for n, band in enumerate(canvas.split()):
         pixels = np.asarray(band).reshape(rows, y, columns, x).swapaxes(1, 2)
         channel, mean, std = out[:, :, n], settings.mean[n], settings.std[n]
-        np.divide(pixels, np.float32(255), out=channel, dtype=np.float32)
-        np.subtract(channel, np.float32(mean), out=channel)
-        np.divide(channel, np.float32(std), out=channel)
+        first, last = (std, 1.0) if math.frexp(std)[0] == 0.5 else (1.0, std)
+        np.divide(pixels, np.float32(255 * first), out=channel, dtype=np.float32)
+        np.subtract(channel, np.float32(np.float32(mean) / first), out=channel)
+        if last != 1:
+            np.divide(channel, np.float32(last), out=channel)
 
 
 # --- Tokens --------------------------------------------------------------------------------------
