@@ -302,7 +302,7 @@ def table(settings: Settings, report: Report) -> str:
         "|---|---|",
     ]
     rows: dict[str, float] = {"EMD of domains": report["data"]["emd_domains"]}
-    if "privacy" in report:
+    if report.get("privacy", {}).get("epsilon") is not None:
         rows[f"ε of privacy after {s.rounds} rounds, δ {s.cohorts.delta:g}"] = report["privacy"][
             "epsilon"
         ]

@@ -224,7 +224,7 @@ def table(settings: Settings, lab: Lab, report: Report) -> str:
         "|---|---|---|",
     ]
     rows: dict[str, list[float]] = {}
-    if "privacy" in report:
+    if report.get("privacy", {}).get("epsilon") is not None:
         rows[f"ε of privacy after {s.rounds} rounds, δ {s.cohorts.delta:g}"] = [
             report["privacy"]["epsilon"]
         ]

@@ -259,13 +259,14 @@ class Cohorts:
         return sharding.use(mesh) if mesh else contextlib.nullcontext()
 
     def guarantee(self, count: int, rounds: int) -> dict[str, Any]:
-        """ε, δ and what should be said beside them; {} where nothing is private."""
+        """ε (None if infinite), δ and what should be said of them; {} where nothing is private."""
         if self.clip is None:
             return {}
         share = (self.per_round or count) / count
         epsilon = privacy.epsilon(noise=self.noise, rounds=rounds, delta=self.delta, share=share)
         said = privacy.warnings(clients=count, epsilon=epsilon, delta=self.delta)
-        return {"epsilon": epsilon, "delta": self.delta, "rounds": rounds, "warnings": said}
+        finite = epsilon if math.isfinite(epsilon) else None
+        return {"epsilon": finite, "delta": self.delta, "rounds": rounds, "warnings": said}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
