@@ -296,7 +296,10 @@ def _environment(s: Settings) -> dict[str, str]:
     known = [str(ROOT), *filter(None, [found.get("PYTHONPATH")])]
     # Each round is a new process: what one compiles, the next ones read.
     compiled = {"JAX_COMPILATION_CACHE_DIR": str((s.out / "compiled").resolve())}
-    return {**compiled, **found, "PYTHONPATH": os.pathsep.join(known)}
+    # Flower's programs start others by their names.
+    programs = [sysconfig.get_path("scripts"), *filter(None, [found.get("PATH")])]
+    paths = {"PYTHONPATH": os.pathsep.join(known), "PATH": os.pathsep.join(programs)}
+    return {**compiled, **found, **paths}
 
 
 def _configuration(s: Settings) -> dict[str, Any]:
