@@ -141,7 +141,8 @@ def test_preference_losses_are_their_formulas(options):
     assert metrics.keys() == each[0].keys() - {"total"}
     for name, value in metrics.items():
         expected = np.mean([pair[name] for pair in each])
-        assert float(value) == pytest.approx(expected, rel=1e-5), name
+        # Margins are small differences of sums of float32.
+        assert float(value) == pytest.approx(expected, rel=1e-5, abs=1e-6), name
     assert 0 < metrics["accuracy"] < 1 or options.get("reference_free")
     assert_slopes(found, plain, model)
 
