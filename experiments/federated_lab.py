@@ -434,11 +434,18 @@ def save(folder: pathlib.Path, figure: matplotlib.figure.Figure, name: str) -> N
         figure.savefig(file, dpi=120, format="png")
 
 
-def named(report: Any) -> Any:
+def record(folder: pathlib.Path, report: Mapping[str, Any]) -> None:
+    """Writes these studies into `report.json`, beside others that it has of the same run."""
+    file = folder / "report.json"
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    checkpointing.write(file, json.dumps({**earlier, **_named(report)}, indent=1) + "\n")
+
+
+def _named(report: Any) -> Any:
     """With texts for keys, as JSON has them."""
-    if isinstance(report, dict):
-        return {str(name): named(x) for name, x in report.items()}
-    return [named(x) for x in report] if isinstance(report, list) else report
+    if isinstance(report, Mapping):
+        return {str(name): _named(x) for name, x in report.items()}
+    return [_named(x) for x in report] if isinstance(report, list) else report
 
 
 class _Written:

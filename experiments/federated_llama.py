@@ -21,12 +21,11 @@ rules that average adapters (`l4jax.federated.adapters`), and by how much the ch
 Writes `config.json`, a folder for each run under `runs/` (`metrics.jsonl`, a line for each round,
 and `checkpoints/`), `report.json` and `results.md` of the studies asked for, their figures, and in
 `model/` what clients by domain made together, with its tokenizer. --resume keeps the runs that are
-there and goes on with the round that was cut.
+there, and what `report.json` has of other studies, and goes on with the round that was cut.
 """
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -99,8 +98,7 @@ def _run(settings: Settings) -> Report:
     report: Report = {"data": skew(lab)} | ({"privacy": private} if private else {})
     report |= {name: made[name](lab) for name in settings.studies}
     save_model(lab, tokenizer)
-    text = json.dumps(federated_lab.named(report), indent=1)
-    checkpointing.write(settings.out / "report.json", text + "\n")
+    federated_lab.record(settings.out, report)
     checkpointing.write(settings.out / "results.md", table(settings, report))
     print(table(settings, report))
     return report

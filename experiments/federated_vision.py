@@ -16,13 +16,13 @@ files or an .npz file of arrays (`l4jax.federated.files`). Batches, epochs, lear
 are the paper's for the last three. Its networks were recalled, not read (--network paper).
 
 Writes `config.json`, a folder for each run under `runs/` (`metrics.jsonl`, a line for each round),
-`report.json`, `results.md` with all numbers, and the figures. --resume keeps runs that are there.
+`report.json`, `results.md` with all numbers of the studies asked for, and their figures. --resume
+keeps runs that are there, and what `report.json` has of other studies.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -74,8 +74,7 @@ def run(settings: Settings) -> Report:
     report = {name: made[name](lab) for name in settings.studies}
     if private:
         report["privacy"] = private
-    text = json.dumps(federated_lab.named(report), indent=1)
-    checkpointing.write(settings.out / "report.json", text + "\n")
+    federated_lab.record(settings.out, report)
     checkpointing.write(settings.out / "results.md", table(settings, lab, report))
     print(table(settings, lab, report))
     return report

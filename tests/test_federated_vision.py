@@ -96,6 +96,10 @@ def test_a_run_leaves_figures_numbers_and_can_be_resumed(tmp_path, monkeypatch, 
     again = tracking.read(victim / "metrics.jsonl")
     assert [{**x, "seconds": 0} for x in again] == [{**x, "seconds": 0} for x in whole]
     assert json.loads((out / "report.json").read_text()) == report
+    (out / "report.json").write_text(json.dumps({"emd": report["emd"]}))
+    assert call(monkeypatch, *small, "--resume", "--studies", "partitions") == 0
+    kept = {name: report[name] for name in ("emd", "partitions")}
+    assert json.loads((out / "report.json").read_text()) == kept
 
 
 @pytest.mark.slow
