@@ -133,7 +133,8 @@ def plain_dpo(model, batch, *, kind="sigmoid", nll=0.2, label_smoothing=0.0, **o
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: ", ".join(map(str, o.values())))
 def test_preference_losses_are_their_formulas(options):
-    model, batch = Table(), batch_of()
+    # With this seed no margin is a small difference of large sums, of which float32 keeps little.
+    model, batch = Table(5), batch_of()
     plain, each = plain_dpo(model, batch, **options)
     loss, metrics, found = gradients(objectives.dpo(BETA, **options), model, batch)
     assert loss == pytest.approx(plain(), rel=1e-5)
@@ -141,8 +142,7 @@ def test_preference_losses_are_their_formulas(options):
     assert metrics.keys() == each[0].keys() - {"total"}
     for name, value in metrics.items():
         expected = np.mean([pair[name] for pair in each])
-        # Margins are small differences of sums of float32.
-        assert float(value) == pytest.approx(expected, rel=1e-5, abs=1e-6), name
+        assert float(value) == pytest.approx(expected, rel=1e-5), name
     assert 0 < metrics["accuracy"] < 1 or options.get("reference_free")
     assert_slopes(found, plain, model)
 
