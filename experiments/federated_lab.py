@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import optax
 from flax import nnx
 
 from experiments import leaves
@@ -57,15 +56,6 @@ VALUES: dict[str, Values] = {
     "mnist": Values(10, 0.01, 0.995),
     "cifar10": Values(10, 0.1, 0.992),
     "speech_commands": Values(10, 0.05, 0.992),
-}
-
-
-SERVERS: dict[str, Callable[..., algorithms.Algorithm]] = {
-    "fedavgm": algorithms.fedavgm,
-    "fedadam": algorithms.fedadam,
-    "fedyogi": algorithms.fedyogi,
-    "scaffold": algorithms.scaffold,
-    "diloco": algorithms.diloco,
 }
 
 
@@ -128,6 +118,8 @@ class Settings:
     def _check_rounds(self) -> None:
         if self.server_rate is not None and not 0 < self.server_rate < 1e3:
             raise ValueError(f"server_rate {self.server_rate:g} must be above 0 and below 1000")
+        if self.server_rate is not None and self.algorithm in ("fedavg", "fedprox"):
+            raise ValueError(f"server_rate: {self.algorithm} takes the clients' mean as it is")
         if (self.mu is None) == (self.algorithm == "fedprox"):
             raise ValueError(f"mu {self.mu}: it belongs to --algorithm fedprox, which needs it")
         if any(n > 1 for axis, n in self.cohorts.sizes.items() if axis != mapping.AXIS):
@@ -231,7 +223,6 @@ class Lab:
         most = round(len(self.examples.own) * MOST_SHARED)
         self.width = -(-len(self.examples.train) // settings.clients) + most
         self._algorithms: dict[tuple, algorithms.Algorithm] = {}
-        self.mesh = settings.cohorts.make_mesh()
         values = settings.values
         self._rate = lambda number: values.rate * values.decay**number
         self._clients = self._chosen()
@@ -286,6 +277,7 @@ class Lab:
         rounds: int,
     ) -> None:
         settings = self.settings
+        cohorts = settings.cohorts if len(parts) > 1 else leaves.Cohorts()
         carry_out(
             folder,
             algorithm,
@@ -294,15 +286,13 @@ class Lab:
             settings=simulation.Settings(
                 rounds=rounds,
                 seed=seed,
-                participation=(
-                    settings.cohorts.participation if len(parts) > 1 else clients.Participation()
-                ),
+                participation=cohorts.participation,
                 evaluate_every=min(settings.evaluate_every, rounds),
                 checkpoint_every=settings.checkpoint_every or rounds,
             ),
             evaluate=self.accuracy,
             resumable=settings.checkpoint_every is not None,
-            mesh=self.mesh if len(parts) > 1 else None,
+            mesh=cohorts.make_mesh(),
         )
 
     def centrally(self, rows: np.ndarray, *, seed: int, epochs: int) -> tuple[Any, float]:
@@ -332,14 +322,10 @@ class Lab:
     def _chosen(self) -> algorithms.Algorithm:
         s = self.settings
         local = Local(loss=self.loss, rate=self._rate, batch=s.values.batch, epochs=s.epochs)
-        options = s.cohorts.options(block=self._block(), mesh=self.mesh)
-        rate = {} if s.server_rate is None else {"rate": s.server_rate}
-        if s.algorithm in ("fedavg", "fedprox"):
-            local = dataclasses.replace(local, proximal=s.mu or 0.0)
-            return algorithms.fedavg(
-                local, server=optax.sgd(rate.get("rate", 1.0)), options=options
-            )
-        return SERVERS[s.algorithm](local, options=options, **rate)
+        options = s.cohorts.options(block=self._block())
+        given = {"rate": s.server_rate, "mu": s.mu}
+        given = {name: x for name, x in given.items() if x is not None}
+        return getattr(algorithms, s.algorithm)(local, options=options, **given)
 
     def _fedavg(self, **values: Any) -> algorithms.Algorithm:
         """One for each set of values: what is alike is compiled once."""

@@ -72,9 +72,7 @@ def _run(settings: Settings) -> Report:
     # What cannot be drawn or adapted is refused before anything is written.
     for rho in {settings.replay, *(RHOS if "replay" in settings.studies else ())}:
         lab.mixed(rho)
-    compared = RULES if "lora" in settings.studies else ()
-    for network in (lab.chosen(), *(lab.network(rule, RANK) for rule in compared)):
-        lab.trained_bytes(network)
+    lab.chosen()
     private = settings.cohorts.guarantee(lab.clients, settings.rounds)
     federated_lab.begin(settings, free=FREE)
     CONSOLE.print(

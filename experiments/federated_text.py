@@ -108,10 +108,19 @@ class Settings:
             )
         if len(self.data) == 1 or len(set(self.data)) < len(self.data):
             raise ValueError("data: give at least two paths, each once, as each is a client's")
-        if self.rank and self.rule == "exact" and self.server != "fedavg":
-            raise ValueError("rule exact is for averages: use --server fedavg, or another --rule")
         if not self.studies:
             raise ValueError("studies must be at least one")
+        self._check_rule()
+
+    def _check_rule(self) -> None:
+        exact = bool(self.rank) and self.rule == "exact"
+        if exact and self.server != "fedavg":
+            raise ValueError("rule exact is for averages: use --server fedavg, or another --rule")
+        if (exact or "lora" in self.studies) and not self.cohorts.plain:
+            raise ValueError(
+                "rule exact, which study lora has too, is for updates sent as they are: leave "
+                "--keep, --bits and --clip out, or use another --rule"
+            )
 
 
 # --- Texts ---------------------------------------------------------------------------------------
@@ -249,7 +258,7 @@ class Lab:
 
     def __init__(self, settings: Settings, found: Texts, model: Llama) -> None:
         self.settings, self.texts, self.model = settings, found, model
-        self.clients, self.mesh = len(found.names), settings.cohorts.make_mesh()
+        self.clients = len(found.names)
         settings.cohorts.check(self.clients)
         self.pool = {name: jnp.asarray(x) for name, x in found.pool.items()}
         # One width for all that is trained in one place, one for all that is federated.
@@ -289,6 +298,7 @@ class Lab:
             return self._runs[name]
         s, network = self.settings, network or self.chosen()
         alone, steps = len(parts) == 1, steps or s.steps
+        cohorts = self._cohorts(alone)
         algorithm, evaluate = self._algorithm(network, server, steps, alone)
         folder = s.out / "runs" / name
         params = federated_lab.carry_out(
@@ -299,13 +309,13 @@ class Lab:
             settings=simulation.Settings(
                 rounds=rounds or s.rounds,
                 seed=s.seed,
-                participation=clients.Participation() if alone else s.cohorts.participation,
+                participation=cohorts.participation,
                 evaluate_every=1,
                 checkpoint_every=1,
             ),
             evaluate=evaluate,
             resumable=True,
-            mesh=None if alone else self.mesh,
+            mesh=cohorts.make_mesh(),
         )
         lines = tracking.read(folder / "metrics.jsonl")
         curve = {line["step"] + 1: line["eval_loss"] for line in lines}
@@ -395,12 +405,15 @@ class Lab:
         self._algorithms[key] = made, self.measure(network)
         return self._algorithms[key]
 
+    def _cohorts(self, alone: bool) -> leaves.Cohorts:
+        """What is trained in one place has one client, that is always there and sends all."""
+        return leaves.Cohorts() if alone else self.settings.cohorts
+
     def _server(
         self, local: Local, rule: adapters.Rule | None, server: Server, alone: bool
     ) -> algorithms.Algorithm:
         s, outer = self.settings, None
-        cohorts, mesh = (leaves.Cohorts(), None) if alone else (s.cohorts, self.mesh)
-        options = cohorts.options(block=1, weights="clients", mesh=mesh)
+        options = self._cohorts(alone).options(block=1, weights="clients")
         if server == "diloco" and not alone:
             outer = optax.sgd(s.outer_rate, momentum=s.outer_momentum, nesterov=True)
         if rule is None:

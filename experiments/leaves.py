@@ -190,17 +190,8 @@ class Adapters:
 class Cohorts:
     """Who takes part in a federation's rounds, what is sent, and where clients compute."""
 
-    per_round: int | None = None
-    """Clients of a round, drawn anew for each; by default all."""
-    dropout: float = 0.0
-    """Probability that a client of a round never answers."""
-    stragglers: float = 0.0
-    """Probability that a client of a round gets only some of its steps done."""
-    keep: float = 1.0
-    """Share of an update's entries that are sent, the largest ones; a client adds the others to its
-    next update."""
-    bits: int = 32
-    """Of an entry that is sent, 2 to 16 or 32; fewer are rounded at random."""
+    participation: clients.Participation = clients.Participation()
+    compression: Compression = Compression()
     clip: float | None = None
     """Largest norm of a client's update: with --noise, differential privacy of clients."""
     noise: float = 0.0
@@ -216,27 +207,28 @@ class Cohorts:
             raise ValueError("noise and delta belong to updates that are clipped: give --clip too")
         if not 0 < self.delta < 1:
             raise ValueError(f"delta {self.delta} must be above 0 and below 1")
-        _ = self.participation, self.options(), self.sizes  # refuse what is out of range
+        _ = self.private, self.sizes  # refuse what is out of range
 
     def check(self, count: int) -> None:
         """Raises ValueError if a round has more clients than there are."""
         self.participation.draw(count, 0, seed=0)
 
     @property
-    def participation(self) -> clients.Participation:
-        """Who takes part."""
-        return clients.Participation(
-            per_round=self.per_round, dropout=self.dropout, stragglers=self.stragglers
-        )
+    def private(self) -> privacy.Privacy | None:
+        """What makes rounds private."""
+        return None if self.clip is None else privacy.Privacy(clip=self.clip, noise=self.noise)
+
+    @property
+    def plain(self) -> bool:
+        """Whether updates are sent as they are."""
+        return self.compression == Compression() and self.clip is None
 
     def options(self, **own: Any) -> algorithms.Options:
-        """What is sent, and an algorithm's `own` options."""
-        sent, private = None, None
-        if self.keep != 1 or self.bits != 32:
-            sent = Compression(keep=self.keep, bits=self.bits)
-        if self.clip is not None:
-            private = privacy.Privacy(clip=self.clip, noise=self.noise)
-        return algorithms.Options(compression=sent, privacy=private, **own)
+        """What is sent and where clients compute, and an algorithm's `own` options."""
+        sent = None if self.compression == Compression() else self.compression
+        return algorithms.Options(
+            compression=sent, privacy=self.private, mesh=self.make_mesh(), **own
+        )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -262,7 +254,7 @@ class Cohorts:
         """ε (None if infinite), δ and what should be said of them; {} where nothing is private."""
         if self.clip is None:
             return {}
-        share = (self.per_round or count) / count
+        share = (self.participation.per_round or count) / count
         epsilon = privacy.epsilon(noise=self.noise, rounds=rounds, delta=self.delta, share=share)
         said = privacy.warnings(clients=count, epsilon=epsilon, delta=self.delta)
         finite = epsilon if math.isfinite(epsilon) else None

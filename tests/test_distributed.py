@@ -87,7 +87,6 @@ def stopped(ended: Ended, killed: int) -> bool:
     )
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_after_losing_a_process_with_any_number_of_them(tmp_path):
     """Checkpoints come after steps 2, 4 and 6. Lost are first a process, then the first process."""
     alone, together = tmp_path / "alone", tmp_path / "together"

@@ -458,9 +458,6 @@ def test_private_clients_are_told_what_it_is_worth(go, tmp_path, capsys):
     assert go(out, "--studies", "rounds", "--clip", 1, "--noise", 0.1) == 0
     assert "privacy: 3 clients are too few" in " ".join(capsys.readouterr().err.split())
     assert "| ε of privacy after 2 rounds, δ 1e-05 |" in (out / "results.md").read_text()
-    assert go(tmp_path / "no", "--studies", "lora", "--clip", 1) == 1
-    assert "needs FedAvg, nothing added" in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(
@@ -469,6 +466,10 @@ def test_private_clients_are_told_what_it_is_worth(go, tmp_path, capsys):
         (("--rounds", "0"), "rounds 0 must be at least 1"),
         (("--rank", "2", "--server", "diloco"), "rule exact is for averages"),
         (("--data", "a", "b", "a", "--init", "c"), "at least two paths, each once"),
+        (("--rank", "2", "--bits", "8"), "rule exact, which study lora has too, is for updates"),
+        (("--studies", "lora", "--clip", "1"), "rule exact, which study lora has too"),
+        (("--per-round", "0"), "per_round 0 must be at least 1"),
+        (("--mesh", "clients=2,heads=2"), "the axes are data, fsdp"),
         (("--replay", "1"), "replay 1.0 must be at least 0 and below 1"),
         (("--rate", "0"), "rate 0.0 must be above 0"),
         (("--data", "one"), "give at least two paths"),

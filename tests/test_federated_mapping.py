@@ -36,7 +36,6 @@ def mesh_of(shards, tensor=1):
 
 
 @functools.cache
-@functools.cache
 def after(name, block, shards):
     """States after five rounds of eleven clients, on one device or a mesh."""
     pool = toys.pool(sum(SIZES))

@@ -175,6 +175,7 @@ def test_algorithms_are_those_of_the_library(name):
     [
         (("--algorithm", "fedprox"), "mu None: it belongs to --algorithm fedprox, which needs it"),
         (("--mu", "0.1"), "mu 0.1: it belongs to --algorithm fedprox"),
+        (("--server-rate", "0.5"), "fedavg takes the clients' mean as it is"),
         (("--server-rate", "0"), "server_rate 0 must be above 0"),
         (("--per-round", "11"), "per_round 11 exceeds the 10 clients"),
         (("--noise", "1"), "give --clip too"),

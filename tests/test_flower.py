@@ -130,6 +130,54 @@ def test_parameters_are_those_of_the_simulation(name):
             assert line["bytes_down"] == other["bytes_down"]
 
 
+JOINED, TRACED = [], []
+
+
+def counted(params, batch, key):
+    TRACED.append(key)
+    return toys.loss(params, batch, key)
+
+
+def join(run, node):
+    """Found by its name, as what an app's module has."""
+    JOINED.append(node["partition-id"])
+    return site(Local(loss=counted, rate=0.1, batch=3), node["partition-id"], toys.linear())
+
+
+def pickled_for_every_message():
+    """Rounds of one client, as Flower's simulation makes them."""
+    import cloudpickle
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    content = cloudpickle.dumps(flower.client_app(join))
+    grid = Grid(lambda *message: cloudpickle.loads(content)(*message), 1)
+    traced = []
+    for rounds in (1, 3):
+        server = flower.Server(
+            params=toys.linear(),
+            local=Local(loss=toys.loss, rate=0.1, batch=3),
+            settings=Settings(rounds=rounds),
+            clients=1,
+            timeout=0.2,
+        )
+        flower.run(grid, server)
+        traced.append(len(TRACED))
+    assert JOINED == [0]
+    assert traced[0] == traced[1] > 0
+
+
+def test_an_app_that_is_pickled_for_every_message_joins_and_compiles_once():
+    """In a process without the tests' type checker, which no function is pickled with."""
+    pytest.importorskip("cloudpickle", reason="comes with flwr[simulation]")
+    code = "import test_flower; test_flower.pickled_for_every_message()"
+    folder = pathlib.Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @functools.cache
 def without_client_3():
     """Two rounds of a simulation, in the second of which it is not there."""

@@ -430,7 +430,6 @@ def test_tpu7x_does_not_hold_parameters_twice_to_serve(optimized):
     assert "T(16,128)(2,1)" not in program.text
 
 
-@pytest.mark.slow
 @needs_libtpu
 def test_slices_train_a_small_scout_by_themselves_and_meet(run, optimized, tmp_path):
     options = ("--slices", "2", "--local-steps", "50", "--batch", "16", "--mesh", "expert=4")

@@ -100,7 +100,6 @@ def test_a_checkpoint_that_is_half_written_is_none(start, whole, tmp_path, when)
     assert sorted(os.listdir(out / "checkpoints")) == ["20", "22"]
 
 
-@pytest.mark.slow
 def test_another_mesh_sees_the_same_batches_and_nearly_the_same_losses(tmp_path):
     """Eight devices, then four of them, laid out otherwise."""
 

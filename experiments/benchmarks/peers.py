@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -197,9 +196,7 @@ def environment() -> dict[str, object]:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "python": platform.python_version(),
         "versions": {
-            name: importlib.metadata.version(name)
-            for name in packages
-            if importlib.util.find_spec(name)
+            x.name: x.version for x in importlib.metadata.distributions() if x.name in packages
         },
     }
 

@@ -271,12 +271,14 @@ def _normalise(canvas: Image.Image, settings: Settings, out: np.ndarray) -> None
     rows, columns, _, y, x = out.shape
     for n, band in enumerate(canvas.split()):
         pixels = np.asarray(band).reshape(rows, y, columns, x).swapaxes(1, 2)
-        channel, mean, std = out[:, :, n], settings.mean[n], settings.std[n]
-        first, last = (std, 1.0) if math.frexp(std)[0] == 0.5 else (1.0, std)
-        np.divide(pixels, np.float32(255 * first), out=channel, dtype=np.float32)
-        np.subtract(channel, np.float32(np.float32(mean) / first), out=channel)
-        if last != 1:
-            np.divide(channel, np.float32(last), out=channel)
+        channel = out[:, :, n]
+        mean, std = np.float32(settings.mean[n]), np.float32(settings.std[n])
+        exact = np.frexp(std)[0] == 0.5
+        first = std if exact else np.float32(1)
+        np.divide(pixels, np.float32(255) * first, out=channel, dtype=np.float32)
+        np.subtract(channel, mean / first, out=channel)
+        if not exact:
+            np.divide(channel, std, out=channel)
 
 
 # --- Tokens --------------------------------------------------------------------------------------

@@ -347,7 +347,7 @@ def _mean(sums: _Sums, options: Options, size: int, key: jax.Array) -> Any:
     if options.privacy is None:
         return jax.tree.map(lambda x: x / jnp.maximum(sums.weight, 1), sums.moved)
     mean = jax.tree.map(lambda x: x / size, sums.moved)
-    return private.with_noise(mean, options.privacy.noise * options.privacy.clip / size, key)
+    return options.privacy.noisy(mean, size, key)
 
 
 def _metrics(sums: _Sums, params: Any) -> dict[str, jax.Array]:

@@ -427,7 +427,7 @@ def _mean(
         return mean
     key = jax.random.fold_in(jax.random.key(server.settings.seed), line["step"])
     key = jax.random.fold_in(key, SERVER)
-    return private.with_noise(mean, rule.noise * rule.clip / asked, key)
+    return rule.noisy(mean, asked, key)
 
 
 def _step(server: Server, state: State, mean: Any) -> State:

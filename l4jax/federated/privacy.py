@@ -33,6 +33,10 @@ class Privacy:
         if not self.clip > 0 or not self.noise >= 0:
             raise ValueError(f"clip {self.clip} must be above 0, and noise {self.noise} not below")
 
+    def noisy(self, mean: Any, clients: int, key: jax.Array) -> Any:
+        """The mean of the clipped updates of so many clients, with its noise."""
+        return with_noise(mean, self.noise * self.clip / clients, key)
+
 
 def clipped(update: Any, most: float) -> Any:
     """An update, scaled so that its L2 norm is at most `most`."""
