@@ -449,7 +449,7 @@ def test_groups_of_devices_are_clients(go, tmp_path):
     for line, other in zip(*found.values(), strict=True):
         assert line["clients"] == 2
         assert line["bytes_up"] == other["bytes_up"] < line["bytes_down"] / 3
-        assert line["eval_loss"] == pytest.approx(other["eval_loss"], abs=0.02)
+        assert line["eval_loss"] == pytest.approx(other["eval_loss"], abs=1e-4)
 
 
 @pytest.mark.slow
