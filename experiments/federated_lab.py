@@ -91,6 +91,9 @@ class Settings:
     mu: float | None = None
     """μ of FedProx, which needs one."""
     cohorts: leaves.Cohorts = leaves.Cohorts()
+    compare: bool = True
+    """Train in one place beside each partition, to report in every round how far weights diverge. A
+    round then takes about as much again as if all clients took part."""
     evaluate_every: int = 5
     checkpoint_every: int | None = None
     """Rounds between checkpoints of a run; by default a run that was cut begins anew."""
@@ -226,6 +229,8 @@ class Lab:
         values = settings.values
         self._rate = lambda number: values.rate * values.decay**number
         self._clients = self._chosen()
+        central = self.large_batches()
+        self.compared = algorithms.compared(self._clients, central, self.examples.train)
 
     def params(self, seed: int) -> Any:
         """Initial weights."""
@@ -258,14 +263,25 @@ class Lab:
         """Accuracy by round of a run; one that is in `out` already is read."""
         settings = self.settings
         rounds = rounds or settings.rounds
-        folder = settings.out / "runs" / name
-        file = folder / "metrics.jsonl"
+        folder, file = self._places(name)
         if not _done(file, rounds):
             self._train(folder, parts, seed, algorithm or self.algorithm(), start, rounds)
         lines = tracking.read(file)
         found = {line["step"] + 1: line["accuracy"] for line in lines if "accuracy" in line}
         CONSOLE.print(f"{name:32} {list(found.values())[-1]:.3f}", highlight=False)
         return found
+
+    def apart(self, name: str) -> dict[str, dict[int, float]]:
+        """Weight divergence by round of a run of `compared`: of everything as "all", by layer."""
+        lines = tracking.read(self._places(name)[1])
+        names = {"divergence": "all"} | {f"divergence_{x}": x for x in self.params(0)}
+        return {
+            layer: {line["step"] + 1: line[name] for line in lines} for name, layer in names.items()
+        }
+
+    def _places(self, name: str) -> tuple[pathlib.Path, pathlib.Path]:
+        folder = self.settings.out / "runs" / name
+        return folder, folder / "metrics.jsonl"
 
     def _train(  # noqa: PLR0913 - as above
         self,

@@ -13,10 +13,11 @@ The packages are all Python to a model this small, and skew costs it nothing: wh
 measured on generated languages (`benchmarks.federated --claims S15`).
 
 Studies: rounds, the loss by round of clients by domain and of IID ones, beside training in one
-place; divergence, how far each group of parameters goes from central training in a round, with the
-EMD of domains and of the experts' load; replay, what a set of all domains does in every client's
-data, against its share ρ; diloco, the loss against the bytes sent; and, where asked for, lora, the
-rules that average adapters (`l4jax.federated.adapters`), and by how much the cheap one is wrong.
+place, and how far each part of the model diverges from that (--no-compare leaves it out);
+divergence, the same after one round, with the EMD of domains and of the experts' load; replay, what
+a set of all domains does in every client's data, against its share ρ; diloco, the loss against the
+bytes sent; and, where asked for, lora, the rules that average adapters, and by how much the cheap
+one is wrong (`l4jax.federated.adapters`).
 
 Writes `config.json`, a folder for each run under `runs/` (`metrics.jsonl`, a line for each round,
 and `checkpoints/`), `report.json` and `results.md` of the studies asked for, their figures, and in
@@ -106,12 +107,14 @@ def _run(settings: Settings) -> Report:
 def by_domain(lab: Lab, rho: float | None = None) -> Run:
     """Clients by domain, with a share of common text."""
     rho = lab.settings.replay if rho is None else rho
-    return lab.run(f"by-domain-{rho:g}", lab.mixed(rho)[0], server=lab.settings.server)
+    s = lab.settings
+    compare = s.compare and rho == s.replay
+    return lab.run(f"by-domain-{rho:g}", lab.mixed(rho)[0], server=s.server, compare=compare)
 
 
 def iid(lab: Lab) -> Run:
     """IID clients."""
-    return lab.run("iid", lab.iid(), server=lab.settings.server)
+    return lab.run("iid", lab.iid(), server=lab.settings.server, compare=lab.settings.compare)
 
 
 def central(lab: Lab) -> Run:
@@ -140,10 +143,25 @@ def rounds(lab: Lab) -> Report:
     title = f"{lab.clients} clients, {lab.settings.steps} steps a round, {lab.settings.server}"
     figure = drawing.curves(curves, title=title, dashed="in one place", ylabel="held-out loss")
     federated_lab.save(lab.settings.out, figure, "loss")
-    return {
+    report: Report = {
         "loss": {name: found.curve for name, found in runs.items()},
         "last": {name: last(found) for name, found in runs.items()},
     }
+    apart = {name: found.apart for name, found in runs.items() if found.apart}
+    if not apart:
+        return report
+    panels = {
+        group: {
+            name: {number: [x] for number, x in found[group].items()}
+            for name, found in apart.items()
+        }
+        for group in next(iter(apart.values()))
+    }
+    title = "weight divergence from training in one place, by part of the model"
+    figure = drawing.against(panels, xlabel="round", title=title)
+    federated_lab.save(lab.settings.out, figure, "divergence_by_round")
+    diverged = {name: list(found["all"].values())[-1] for name, found in apart.items()}
+    return report | {"divergence": apart, "diverged": diverged}
 
 
 def divergence(lab: Lab) -> Report:
@@ -296,19 +314,25 @@ def table(settings: Settings, report: Report) -> str:
         "",
         "| what | value |",
         "|---|---|",
+        *(f"| {name} | {x:.4f} |" for name, x in _rows(s, report).items()),
     ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(s: Settings, report: Report) -> dict[str, float]:
     rows: dict[str, float] = {"EMD of domains": report["data"]["emd_domains"]}
     if report.get("privacy", {}).get("epsilon") is not None:
         rows[f"ε of privacy after {s.rounds} rounds, δ {s.cohorts.delta:g}"] = report["privacy"][
             "epsilon"
         ]
-    for name, x in report["data"].get("emd_experts", {}).items():
-        rows[f"EMD of experts' load, {name}"] = x
+    rows |= _each("EMD of experts' load", report["data"].get("emd_experts", {}))
     if "rounds" in report:
-        rows |= {f"loss, {name}": x for name, x in report["rounds"]["last"].items()}
+        rows |= _each("loss", report["rounds"]["last"])
+        diverged = report["rounds"].get("diverged", {})
+        rows |= _each(f"divergence of the model after {s.rounds} rounds", diverged)
     if "divergence" in report:
         for name, groups in report["divergence"]["groups"].items():
-            rows |= {f"divergence of the model, {name}, {part}": x for part, x in groups.items()}
+            rows |= _each(f"divergence of the model, {name}", groups)
     if "replay" in report:
         rows |= {f"loss, ρ {rho:.2f}": x for rho, x in report["replay"]["loss"].items()}
     if "diloco" in report:
@@ -321,8 +345,11 @@ def table(settings: Settings, report: Report) -> str:
         for rule, x in found["last"].items():
             rows[f"loss, adapters, {rule}, {found['megabytes'][rule]:.3g} MB"] = x
         rows["bias of averaged factors after a round"] = found["bias_after_a_round"]
-    lines += [f"| {name} | {x:.4f} |" for name, x in rows.items()]
-    return "\n".join(lines) + "\n"
+    return rows
+
+
+def _each(what: str, values: dict[str, float]) -> dict[str, float]:
+    return {f"{what}, {name}": x for name, x in values.items()}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -87,6 +87,10 @@ class Settings:
     rule: adapters.Rule = "exact"
     """How adapters are averaged: cheap and biased, a frozen, or exact."""
     cohorts: leaves.Cohorts = leaves.Cohorts()
+    compare: bool = True
+    """Train in one place beside the clients by domain and the IID ones, to report in every round
+    how far each part of the model diverges. A round then takes about as much again as if all
+    clients took part, and a second model with its optimizer, in memory and in checkpoints."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "steps", "batch", "rows"):
@@ -245,12 +249,14 @@ class Network(NamedTuple):
 class Run(NamedTuple):
     """What a run came to.
 
-    curve: mean held-out loss by round. bytes: sent and got by all clients in all rounds.
+    curve: mean held-out loss by round. bytes: sent and got by all clients in all rounds. apart:
+    weight divergence by group and round, of everything as "all"; empty where it was not compared.
     """
 
     params: Any
     curve: dict[int, float]
     bytes: int
+    apart: dict[str, dict[int, float]]
 
 
 class Lab:
@@ -268,6 +274,7 @@ class Lab:
         )
         self._runs: dict[str, Run] = {}
         self._algorithms: dict[Any, tuple[algorithms.Algorithm, Any]] = {}
+        self._pairs: dict[algorithms.Algorithm, algorithms.Algorithm] = {}
         self._learn = objectives.next_token(balance=0.01)
 
     def network(self, rule: adapters.Rule | None = None, rank: int = 0) -> Network:
@@ -292,6 +299,7 @@ class Lab:
         server: Server = "fedavg",
         steps: int | None = None,
         rounds: int | None = None,
+        compare: bool = False,
     ) -> Run:
         """A run by its name; one that is in `out` already is read. Of one part it is central."""
         if name in self._runs:
@@ -300,6 +308,8 @@ class Lab:
         alone, steps = len(parts) == 1, steps or s.steps
         cohorts = self._cohorts(alone)
         algorithm, evaluate = self._algorithm(network, server, steps, alone)
+        if compare:
+            algorithm = self._compared(algorithm, network, steps)
         folder = s.out / "runs" / name
         params = federated_lab.carry_out(
             folder,
@@ -321,7 +331,7 @@ class Lab:
         curve = {line["step"] + 1: line["eval_loss"] for line in lines}
         CONSOLE.print(f"{name:24} {list(curve.values())[-1]:.3f}", highlight=False)
         sent = sum(line["bytes_down"] + line["bytes_up"] for line in lines)
-        self._runs[name] = Run(params, curve, sent)
+        self._runs[name] = Run(params, curve, sent, _apart(lines))
         return self._runs[name]
 
     def warm(self, rounds: int) -> None:
@@ -405,6 +415,19 @@ class Lab:
         self._algorithms[key] = made, self.measure(network)
         return self._algorithms[key]
 
+    def _compared(
+        self, algorithm: algorithms.Algorithm, network: Network, steps: int
+    ) -> algorithms.Algorithm:
+        """Beside training in one place; what is compared is the model with its adapters merged."""
+
+        if algorithm not in self._pairs:
+            central, _ = self._algorithm(network, "fedavg", steps, alone=True)
+            group = language.groups(self.model).__getitem__
+            self._pairs[algorithm] = algorithms.compared(
+                algorithm, central, self.texts.own, group=group, view=adapters.merged
+            )
+        return self._pairs[algorithm]
+
     def _cohorts(self, alone: bool) -> leaves.Cohorts:
         """What is trained in one place has one client, that is always there and sends all."""
         return leaves.Cohorts() if alone else self.settings.cohorts
@@ -421,6 +444,16 @@ class Lab:
         # With one client there is nothing to be wrong about.
         rule = "factors" if alone and rule == "exact" else rule
         return adapters.fedavg(local, rule, server=outer, options=options, clients=self.clients)
+
+
+def _apart(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Weight divergence by group and round."""
+    names = {"divergence": "all"} | {f"divergence_{x}": x for x in language.GROUPS}
+    found = {
+        group: {line["step"] + 1: line[name] for line in lines if name in line}
+        for name, group in names.items()
+    }
+    return {group: values for group, values in found.items() if values}
 
 
 def start(settings: Settings, tokenizer: Tokenizer) -> Llama:

@@ -6,9 +6,9 @@
 
 Splits a data set among clients, evenly, two classes each and one class each, and trains by FedAvg
 (or another --algorithm, with sampled clients, smaller or private updates: --help has them) against
-SGD with batches K times larger; measures by how much weights diverge, by layer and against
-the EMD; and what a small set does that all clients share (β, α), warm-up included, beside training
-on that set alone.
+SGD with batches K times larger; measures by how much weights diverge, in every round and by layer,
+and against the EMD; and what a small set does that all clients share (β, α), warm-up included,
+beside training on that set alone.
 
 digits: scikit-learn's 1,797 handwritten digits of 8 × 8, beside the library. textures, keywords:
 generated, no real data. mnist, cifar10, speech_commands: from --data, a folder of the published
@@ -96,21 +96,32 @@ def partitions(lab: Lab) -> Report:
     """Accuracy by round for each partition, and for SGD in one place."""
     s, train = lab.settings, lab.examples.train
     runs: dict[str, list[dict[int, float]]] = {}
+    apart: dict[str, dict[str, dict[int, list[float]]]] = {}
     for seed in s.seeds:
         for name, parts in splits(lab, seed, train).items():
             if seed == s.seeds[0]:
                 counts = metrics.histograms(parts, lab.examples.y)
                 figure = drawing.heat_map(counts, np.unique(lab.examples.y).tolist(), title=name)
                 _save(s, figure, f"clients_{_slug(name)}")
-            curve = lab.curve(f"{_slug(name)}-{seed}", parts, seed=seed)
-            runs.setdefault(name, []).append(curve)
+            algorithm = lab.compared if s.compare else lab.algorithm()
+            run = f"{_slug(name)}-{seed}"
+            runs.setdefault(name, []).append(lab.curve(run, parts, seed=seed, algorithm=algorithm))
+            for layer, values in (lab.apart(run) if s.compare else {}).items():
+                points = apart.setdefault(layer, {}).setdefault(name, {})
+                for number, value in values.items():
+                    points.setdefault(number, []).append(value)
         algorithm = lab.large_batches()
         name = f"SGD, batch {s.clients * s.values.batch}"
         curve = lab.curve(f"sgd-{seed}", [train], seed=seed, algorithm=algorithm)
         runs.setdefault(name, []).append(curve)
     title = f"{s.set}: {s.algorithm}, {s.clients} clients, B = {s.values.batch}, E = {s.epochs}"
     _save(s, drawing.curves(runs, title=title, dashed=name), "accuracy")
-    return {"accuracy": runs, "last": {name: [last(c) for c in cs] for name, cs in runs.items()}}
+    report = {"accuracy": runs, "last": {x: [last(c) for c in cs] for x, cs in runs.items()}}
+    if not apart:
+        return report
+    title = f"{s.set}: weight divergence from training in one place, by layer"
+    _save(s, drawing.against(apart, xlabel="round", title=title), "divergence_by_round")
+    return report | {"divergence": apart}
 
 
 def divergence(lab: Lab) -> Report:

@@ -392,3 +392,49 @@ def test_cohorts_depend_on_the_round_alone():
     effort = np.concatenate([c.effort for c in many])
     assert np.mean(effort < 1) == pytest.approx(0.5, abs=0.05)
     assert effort.min() >= 0.2
+
+
+# --- Weight divergence in every round ------------------------------------------------------------
+def test_rounds_say_how_far_weights_are_from_central_trainings():
+    """Against the two trained apart from each other, in blocks, with clients that do not answer."""
+    local = Local(loss=toys.loss, rate=lambda number: 0.2 * 0.9**number, batch=4)
+    alone = algorithms.fedavg(dataclasses.replace(local, batch=20))
+    plain = algorithms.fedavgm(local, options=Options(block=2))
+    rows = np.concatenate(toys.parts())
+    pair = algorithms.compared(plain, alone, rows, group=lambda name: name.split(".")[-1])
+    data = clients.gather(toys.pool(), toys.parts())
+    one = clients.gather(toys.pool(), [rows])
+    states = [
+        algorithm.init(toys.linear(), x.clients)
+        for algorithm, x in ((pair, data), (plain, data), (alone, one))
+    ]
+    seen = []
+    for number in range(4):
+        cohort = clients.everybody(len(toys.SIZES))
+        alive = np.arange(len(toys.SIZES)) != number
+        given = [(data, cohort._replace(alive=alive))] * 2 + [(one, clients.everybody(1))]
+        made = [
+            jax.jit(algorithm.round)(state, *more, key=KEY, number=number)
+            for algorithm, state, more in zip((pair, plain, alone), states, given, strict=True)
+        ]
+        states = [state for state, _ in made]
+        assert toys.same(states[0].params, states[1].params)
+        ours, theirs = (jax.device_get(state.params["output"]) for state in states[1:])
+        norms = {
+            part: (np.linalg.norm(ours[part] - theirs[part]), np.linalg.norm(theirs[part]))
+            for part in ("kernel", "bias")
+        }
+        found = made[0][1]
+        for part, (apart, size) in norms.items():
+            assert found[f"divergence_{part}"] == pytest.approx(apart / size, rel=1e-4)
+        total = np.hypot(*(x[0] for x in norms.values())) / np.hypot(
+            *(x[1] for x in norms.values())
+        )
+        assert found["divergence"] == pytest.approx(total, rel=1e-4)
+        seen.append(total)
+    assert min(seen) > 1e-3
+    # Nobody answers: central training does not go on either.
+    nobody = cohort._replace(alive=np.zeros(len(toys.SIZES), bool))
+    after, found = jax.jit(pair.round)(states[0], data, nobody, key=KEY, number=4)
+    assert toys.same(after, states[0])
+    assert found["divergence"] == pytest.approx(seen[-1], rel=1e-4)

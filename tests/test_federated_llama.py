@@ -363,7 +363,7 @@ def test_a_run_leaves_figures_numbers_and_a_model(go, tmp_path):
     groups = report["divergence"]["groups"]
     assert set(groups["IID"]) == set(groups["by domain"]) == set(language.GROUPS)
     table = (out / "results.md").read_text()
-    assert f"| divergence, IID, router | {groups['IID']['router']:.4f} |" in table
+    assert f"| divergence of the model, IID, router | {groups['IID']['router']:.4f} |" in table
     # A client with a share p of all rows is 2 (1 - p) away from them.
     rows = np.array(list(report["data"]["rows"].values()))
     expected = 2 * (1 - np.sum((rows / rows.sum()) ** 2))
@@ -417,6 +417,9 @@ def test_adapters_can_be_trained_by_a_rule(go, tmp_path, files, rule):
     assert sent["freeze_a"] < sent["factors"] < sent["exact"]
     assert report["bias_after_a_round"] > 0
     assert (out / "adapter").exists()
+    for line in lines(out, "by-domain-0.1"):  # of the weights, whether adapters are merged or not
+        apart = {name for name, x in line.items() if name.startswith("divergence") and x}
+        assert apart == {"divergence", "divergence_attention"}
     before, now = (checkpoints.load(x) for x in (files / "made", out / "model"))
     np.testing.assert_array_equal(before.embed[...], now.embed[...])
     old, new = (x.layers[0].attention.q[...] for x in (before, now))
@@ -450,6 +453,9 @@ def test_groups_of_devices_are_clients(go, tmp_path):
         assert line["clients"] == 2
         assert line["bytes_up"] == other["bytes_up"] < line["bytes_down"] / 3
         assert line["eval_loss"] == pytest.approx(other["eval_loss"], abs=1e-4)
+        for group in language.GROUPS:
+            name = f"divergence_{group}"
+            assert line[name] == pytest.approx(other[name], rel=0.02)
 
 
 @pytest.mark.slow

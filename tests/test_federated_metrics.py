@@ -25,6 +25,12 @@ def test_divergence_by_hand():
     kinds = metrics.weight_divergence(ours, other, group=lambda name: name[-1])
     assert kinds.groups == pytest.approx({"k": (25 / 20) ** 0.5, "b": 1.0})
     assert metrics.weight_divergence({"a": np.zeros(2)}, {"a": np.zeros(2)}).groups == {"a": 0.0}
+    # What is not a number shows, in its group and in all.
+    found = metrics.weight_divergence(
+        {"a": np.ones(2), "b": np.ones(1)}, {"a": np.ones(2) * np.nan, "b": np.ones(1)}
+    )
+    assert np.isnan([found.total, found.groups["a"]]).all()
+    assert found.groups["b"] == 0
 
 
 # --- Proposition 3.1 -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Runs: what they write, and that a run cut anywhere goes on as if it had not been."""
 
+import functools
 import json
 
 import federated_toys as toys
@@ -9,7 +10,16 @@ import optax
 import pytest
 from flax import nnx
 
-from l4jax.federated import algorithms, clients, generated, networks, partition, sharing, simulation
+from l4jax.federated import (
+    algorithms,
+    clients,
+    generated,
+    mapping,
+    networks,
+    partition,
+    sharing,
+    simulation,
+)
 from l4jax.federated.algorithms import Options
 from l4jax.federated.clients import Participation
 from l4jax.federated.compression import Compression
@@ -28,6 +38,16 @@ MAKERS = {
     ),
     "scaffold": algorithms.scaffold(LOCAL),
     "diloco": algorithms.diloco(Local(loss=toys.loss, rate=0.1, optimizer=optax.adam, batch=4)),
+}
+MESHES = {"on a mesh, beside training in one place": mapping.make_mesh(clients=2)}
+ADAM = Local(loss=toys.loss, rate=0.1, optimizer=optax.adam, batch=4, keep=True)
+MAKERS |= {
+    name: algorithms.compared(
+        algorithms.diloco(ADAM, options=Options(mesh=mesh)),
+        algorithms.fedavg(ADAM),
+        np.concatenate(toys.parts()),
+    )
+    for name, mesh in MESHES.items()
 }
 
 
@@ -59,29 +79,23 @@ def measure(params):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_run_cut_anywhere_goes_on_as_if_it_had_not_been(name, tmp_path):
-    algorithm = MAKERS[name]
-    whole = simulation.run(algorithm, toys.linear(), data(), settings=settings(8), evaluate=measure)
-    saved = Checkpoints(tmp_path / "checkpoints", keep=2)
-    with pytest.raises(Stop):
-        simulation.run(
-            algorithm,
-            toys.linear(),
-            data(),
-            settings=settings(8),
-            evaluate=measure,
-            checkpoints=saved,
-            trackers=[Stopper(4)],
-        )
-    saved.settle()
-    assert saved.steps() == [3]
-    rest = simulation.run(
+    algorithm, mesh = MAKERS[name], MESHES.get(name)
+    go = functools.partial(
+        simulation.run,
         algorithm,
         toys.linear(),
         data(),
         settings=settings(8),
         evaluate=measure,
-        checkpoints=saved,
+        mesh=mesh,
     )
+    whole = go()
+    saved = Checkpoints(tmp_path / "checkpoints", keep=2)
+    with pytest.raises(Stop):
+        go(checkpoints=saved, trackers=[Stopper(4)])
+    saved.settle()
+    assert saved.steps() == [3]
+    rest = go(checkpoints=saved)
     saved.close()
     assert toys.same(rest.state, whole.state)
 

@@ -62,7 +62,7 @@ def test_a_run_leaves_figures_numbers_and_can_be_resumed(tmp_path, monkeypatch, 
     out = tmp_path / "run"
     assert call(monkeypatch, *small) == 0
     figures = {file.name for file in out.glob("*.png")}
-    drawn = {"accuracy", "divergence", "emd", "beta", "alpha", "clients_iid"}
+    drawn = {"accuracy", "divergence", "divergence_by_round", "emd", "beta", "alpha", "clients_iid"}
     assert {f"{name}.png" for name in drawn} <= figures
     assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in figures)
     report = json.loads((out / "report.json").read_text())
@@ -77,11 +77,18 @@ def test_a_run_leaves_figures_numbers_and_can_be_resumed(tmp_path, monkeypatch, 
     assert report["divergence"]["total"]["1 class each"][0] > (
         3 * report["divergence"]["total"]["IID"][0]
     )
+    apart = report["partitions"]["divergence"]
+    assert list(apart) == ["all", "fc1", "output"]
+    line = tracking.read(out / "runs" / "1_class_each-0" / "metrics.jsonl")[2]
+    assert apart["fc1"]["1 class each"]["3"] == [line["divergence_fc1"]]
+    assert min(x[0] for values in apart["all"].values() for x in values.values()) > 0
     assert float(report["sharing"]["emd"]["0.1"]) == pytest.approx(0.9, abs=0.1)
 
     # Again: refused as it is; with --resume it makes what is missing, and that alone.
     assert call(monkeypatch, *small) == 1
     assert "holds a run; add --resume" in capsys.readouterr().err
+    assert call(monkeypatch, *small, "--resume", "--no-compare") == 1
+    assert "holds another run: compare: true then, false now" in capsys.readouterr().err.lower()
     assert call(monkeypatch, *small, "--resume", "--seeds", 1) == 1
     assert "holds another run: seeds" in capsys.readouterr().err
     victim = out / "runs" / "1_class_each-0"

@@ -96,6 +96,13 @@ def fold(params: Any, mean: list[jax.Array]) -> Any:
     return jax.tree.map(one, params, is_leaf=_is_adapter)
 
 
+def merged(params: Any) -> Any:
+    """The parameters with the weights that adapters make of their bases, in float32."""
+    return jax.tree.map(
+        lambda x: x.merged(jnp.float32) if _is_adapter(x) else x, params, is_leaf=_is_adapter
+    )
+
+
 def bias(before: Any, after: Any) -> float:
     """How wrong it is to average factors: ‖mean(a)·mean(b) − mean(a·b)‖ / ‖mean(a·b)‖.
 

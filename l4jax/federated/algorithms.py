@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from l4jax.federated import metrics
 from l4jax.federated import privacy as private
-from l4jax.federated.clients import Cohort, Data
+from l4jax.federated.clients import Cohort, Data, everybody
 from l4jax.federated.compression import Compression
 from l4jax.federated.local import Client, Local, Loss, choose, joined
 from l4jax.federated.mapping import over_clients
@@ -177,6 +178,53 @@ def scaffold(local: Local, *, rate: float = 1.0, options: Options = Options()) -
     if options.compression or options.privacy:
         raise ValueError("SCAFFOLD's variates are sent as they are: no compression, no privacy")
     return _algorithm(local, optax.sgd(rate), options, control=True)
+
+
+def compared(
+    algorithm: Algorithm,
+    central: Algorithm,
+    rows: Any,
+    *,
+    group: Callable[[str], str] | None = None,
+    view: Callable[[Any], Any] = lambda params: params,
+) -> Algorithm:
+    """The same, and beside it training in one place: each round reports how far they are apart.
+
+    Rounds have as further metrics "divergence", ‖w − w_central‖ / ‖w_central‖ of everything (Zhao
+    et al. 2018, eq. 2), and "divergence_NAME" of each group; not a number where central training's
+    update was not. Central training begins with the same weights, and its state is part of the
+    server's. What the federation does stays the same. On a mesh every group of devices does all of
+    central training.
+
+    Args:
+        algorithm: of the federation.
+        central: of one client: with as many steps in a round, of batches k times as large.
+        rows: of the pool, that this one client has, Int[n].
+        group: of a parameter, see `metrics.weight_divergence`.
+        view: parameters → arrays to compare, such as weights that adapters are merged into.
+    """
+    one = (jnp.asarray(rows, jnp.int32)[None], jnp.asarray([len(rows)], jnp.int32))
+
+    def init(params: Any, clients: int) -> State:
+        state = algorithm.init(params, clients)
+        alone = central.init(jax.tree.map(jnp.copy, params), 1)
+        return state._replace(server=(state.server, alone))
+
+    def round_(
+        state: State, data: Data, cohort: Cohort, *, key: jax.Array, number: Any
+    ) -> tuple[State, dict[str, jax.Array]]:
+        server, beside = state.server
+        inner = state._replace(server=server)
+        new, found = algorithm.round(inner, data, cohort, key=key, number=number)
+        own = Data(data.pool, *one)
+        alone, other = central.round(beside, own, everybody(1), key=key, number=number)
+        alone = choose(found["clients"] > 0, alone, beside)
+        apart = metrics.divergences(view(new.params), view(alone.params), group=group)
+        named = {f"divergence_{name}" if name else "divergence": x for name, x in apart.items()}
+        named = {name: jnp.where(other["clients"] > 0, x, jnp.nan) for name, x in named.items()}
+        return new._replace(server=(new.server, alone)), found | named
+
+    return Algorithm(init, round_, algorithm.traffic)
 
 
 # --- A round -------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import numpy as np
 
 Runs = Sequence[Mapping[int, float]]
 """A measurement by the number of rounds, for each seed."""
-Points = Mapping[float, Sequence[float]]
-"""Measurements of several draws by what they are drawn against."""
+Points = Mapping[Any, Sequence[float]]
+"""Measurements of several draws by the number that they are drawn against."""
 _COLORS = ("tab:blue", "tab:orange", "tab:red", "tab:green", "tab:purple", "tab:brown")
 
 
@@ -100,8 +100,10 @@ def against(
         second: name and values, by x, of a second axis at the last panel's right.
         xscale: "log" where the number spans decades.
     """
-    figure = matplotlib.figure.Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = matplotlib.figure.Figure(figsize=(5.5 * columns, 4.2 * rows), layout="constrained")
+    row = [figure.add_subplot(rows, columns, number + 1) for number in range(len(panels))]
     for axes, (ylabel, lines) in zip(row, panels.items(), strict=True):
         for (name, points), color in zip(lines.items(), _COLORS, strict=False):
             x = sorted(points)

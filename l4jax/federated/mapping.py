@@ -61,6 +61,20 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(put, tree)
 
 
+def place_rest(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays that do not lie on the mesh yet, a copy on each of its devices."""
+    if mesh is None:
+        return tree
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def put(x: Any) -> jax.Array:
+        now = getattr(x, "sharding", None)
+        there = isinstance(now, NamedSharding) and now.mesh == mesh
+        return x if there else jax.device_put(x, everywhere)
+
+    return jax.tree.map(put, tree)
+
+
 def over_clients(
     one: One, common: Any, clients: Any, *, block: int | None, mesh: Mesh | None = None
 ) -> tuple[Any, Any]:

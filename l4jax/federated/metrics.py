@@ -1,6 +1,6 @@
 """How far clients' data are from each other's, and how far their training drifts apart.
 
-Letters: k clients, c classes. Everything here is NumPy on the host.
+Letters: k clients, c classes. Everything here is NumPy on the host, but for `divergences`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from l4jax import paths
@@ -63,16 +64,36 @@ def weight_divergence(
         reference: of the same structure.
         group: of a parameter, by its dotted name; by default the name's first part.
     """
+    found = divergences(params, reference, group=group, array=lambda x: np.asarray(x, np.float64))
+    ratios = {name: float(x) for name, x in found.items()}
+    return Divergence(ratios.pop(""), ratios)
+
+
+def divergences(
+    params: Any,
+    reference: Any,
+    *,
+    group: Callable[[str], str] | None = None,
+    array: Callable[[Any], Any] = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)),
+) -> dict[str, Any]:
+    """`weight_divergence` of each group and, as "", of everything; also in jitted functions.
+
+    Args:
+        params: any tree of arrays.
+        reference: of the same structure.
+        group: see `weight_divergence`.
+        array: of a leaf: in the type that squares are summed in.
+    """
     group = group or (lambda name: name.split(".")[0])
-    sums: dict[str, np.ndarray] = {}
+    sums: dict[str, Any] = {}
     theirs = jax.tree.leaves(reference)
     for name, ours, other in zip(paths.names(params), jax.tree.leaves(params), theirs, strict=True):
-        a, b = np.asarray(ours, np.float64), np.asarray(other, np.float64)
-        found = np.array([np.sum((a - b) ** 2), np.sum(b**2)])
-        sums[group(name)] = sums.get(group(name), np.zeros(2)) + found
-    sums[""] = np.sum(list(sums.values()), 0)
-    ratios = {name: float(np.sqrt(x[0] / x[1])) if x[1] else 0.0 for name, x in sums.items()}
-    return Divergence(ratios.pop(""), ratios)
+        a, b = array(ours), array(other)
+        apart, size = sums.get(group(name), (0, 0))
+        sums[group(name)] = apart + ((a - b) ** 2).sum(), size + (b**2).sum()
+    sums[""] = tuple(map(sum, zip(*sums.values(), strict=True)))
+    # Nothing to compare with is no divergence, as 0 / 0 would not be a number.
+    return {name: (apart / (size + (size == 0))) ** 0.5 for name, (apart, size) in sums.items()}
 
 
 def divergence_bound(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from l4jax import paths
 from l4jax.federated.algorithms import Algorithm, State
 from l4jax.federated.clients import Cohort, Data, Participation
-from l4jax.federated.mapping import place
+from l4jax.federated.mapping import place, place_rest
 
 
 @runtime_checkable
@@ -122,7 +122,8 @@ def run(
     data = Data(data.pool, *place((data.rows, data.sizes), mesh))
     # Copied, as rounds use their state up.
     state = jax.tree.map(jnp.copy, algorithm.init(params, data.clients))
-    state = state._replace(clients=place(state.clients, mesh))
+    # All of it, so that a checkpoint's arrays come back to the devices that a round runs on.
+    state = place_rest(state._replace(clients=place(state.clients, mesh)), mesh)
     identity = _identity(settings, data)
     start = None if checkpoints is None else checkpoints.latest()
     if checkpoints is not None and start is not None:
