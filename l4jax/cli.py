@@ -338,8 +338,8 @@ class Plan(Output):
     """Generation and slice, such as v5p:4x4x4, v6e:16x16 or tpu7x:2x2x1."""
     slices: int = 1
     """Slices joined by the data centre's network; the data axis crosses them."""
-    task: Literal["train", "sft", "dpo", "prefill", "decode"] = "train"
-    """Step to compile."""
+    task: Literal["train", "sft", "dpo", "distill", "teach", "prefill", "decode"] = "train"
+    """Step to compile; teach is what a teacher does for distill."""
     mesh: str | None = None
     """Sizes of mesh axes, such as fsdp=4,expert=16; what suits the slice by default."""
     remat: Literal["none", "dots", "attention", "full", "offload"] | None = None

@@ -10,11 +10,12 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from l4jax import presets, roofline, sharding
-from l4jax.planning import chips, compiler, counting, measuring, meshes, timing
+from l4jax.config import Execution
+from l4jax.planning import chips, compiler, counting, measuring, meshes, programs, timing
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -106,6 +107,9 @@ def test_the_estimate_holds_parameters_and_moments_where_sharding_puts_them():
     assert held.optimizer == 2 * held.weights
     serving = meshes._memory(SCOUT, work("decode", 16), meshes.parse("expert=8,tensor=8"), "none")
     assert serving.cache == 2 * roofline.kv_bytes(SCOUT, 8192) / 8
+    assert meshes._memory(SCOUT, work("distill"), sizes, "full") == held
+    teaches = meshes._memory(SCOUT, work("teach"), sizes, "none")
+    assert teaches[:3] == (held.weights / 2, 0, 0)
 
 
 def test_keeping_more_takes_more_memory_and_less_time():
@@ -127,6 +131,36 @@ def test_ideal_operations_are_those_of_the_roofline():
     assert meshes.ideal_flops(SCOUT, work("prefill")) * 3 == pytest.approx(
         meshes.ideal_flops(SCOUT, work()) - head
     )
+    assert meshes.ideal_flops(SCOUT, work("teach")) * 3 == meshes.ideal_flops(SCOUT, work())
+
+
+@pytest.mark.parametrize("task", ["distill", "teach"])
+def test_a_teacher_and_its_student_are_what_the_recipe_runs(task):
+    """Their programs: rows where the trainer lays them, parameters as each keeps them."""
+    config = presets.tiny(presets.llama4_scout())
+    mesh = jax.make_mesh(
+        tuple(meshes.parse("fsdp=2,expert=4").values()),
+        sharding.AXES,
+        axis_types=(AxisType.Auto,) * len(sharding.AXES),
+    )
+    found = programs.program(
+        config, work(task, 8, 64), execution=Execution(dtype="bfloat16"), mesh=mesh
+    )
+    bytes_, count = found.bytes(), roofline.parameters(config).total
+    assert bytes_["parameters"] >= (2 if task == "teach" else 4) * count / 8
+    assert ("optimizer" in bytes_) == (task == "distill")
+    rows = found.arguments[-1]
+    named = {"teacher_ids", "teacher_log_probs", "soft_weight"}
+    assert named & set(rows) == (named if task == "distill" else set())
+    assert {x.sharding.shard_shape(x.shape)[0] for x in rows.values() if x.ndim} == {1}
+    out = found.lower().out_info
+    if task == "teach":
+        assert {name: x.shape for name, x in out.items()} == {
+            "teacher_ids": (8, 64, 64),
+            "teacher_log_probs": (8, 64, 64),
+        }
+    else:
+        assert {"soft", "hard"} <= set(out[1])
 
 
 # --- Times ---------------------------------------------------------------------------------------

@@ -257,16 +257,31 @@ def test_a_killed_recipe_goes_on_as_if_nothing_had_been(
 
 
 # --- Pods ----------------------------------------------------------------------------------------
+def on_pods():
+    """What the pod presets of all recipes compute: model, task, slice, and the recipe's leaves."""
+    for name, pod in leaves.PODS.items():
+        for module, task in ((pretrain, "train"), (sft, "sft"), (dpo, "dpo")):
+            model = pretrain.PRESETS[name].model
+            yield f"{task}-{name}", model, task, pod.topology, module.PRESETS[name]
+    for name, preset in midtrain.PRESETS.items():
+        for stage in midtrain.stages(dataclasses.replace(preset, out="/out")):
+            yield f"{name}-{stage.length}", "llama4-scout", "sft", leaves.PODS[name].topology, stage
+    for name, preset in distill.PRESETS.items():
+        for model, task in ((preset.student, "distill"), ("llama4-maverick", "teach")):
+            yield f"{task}-{name}", model, task, "v5p:4x4x8", preset
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["train", "sft", "dpo"])
-@pytest.mark.parametrize("name", leaves.PODS)
-def test_what_a_pod_runs_compiles_and_fits(name, task):
+@pytest.mark.parametrize(
+    ("model", "task", "topology", "preset"),
+    [pytest.param(*values, id=name) for name, *values in on_pods()],
+)
+def test_what_a_pod_runs_compiles_and_fits(model, task, topology, preset):
     """Minutes each, and 10 GB: the TPU compiler's own answer for the real slice."""
-    model = pretrain.PRESETS[name].model
-    pod, place = leaves.PODS[name], pretrain.PRESETS[name].place
     command = [sys.executable, "-m", "l4jax.cli", "plan", model, "--json", "--task", task]
-    command += ["--topology", pod.topology, "--mesh", pod.mesh, "--batch", str(pod.batch)]
-    command += ["--seq", str(pretrain.PRESETS[name].length), "--remat", place.remat]
+    command += ["--topology", topology, "--mesh", preset.place.mesh]
+    command += ["--batch", str(preset.batch), "--seq", str(preset.length)]
+    command += ["--remat", preset.place.remat] if task != "teach" else []
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["fits"]

@@ -19,9 +19,9 @@ from l4jax import roofline, sharding
 from l4jax.config import Remat, TextConfig, VisionConfig
 from l4jax.planning.chips import GIB, Topology
 
-Task = Literal["train", "sft", "dpo", "prefill", "decode"]
+Task = Literal["train", "sft", "dpo", "distill", "teach", "prefill", "decode"]
 TASKS: tuple[Task, ...] = get_args(Task)
-UPDATES: tuple[Task, ...] = ("train", "sft", "dpo")
+UPDATES: tuple[Task, ...] = ("train", "sft", "dpo", "distill")
 """Those with a backward pass."""
 Sizes = Mapping[str, int]
 
@@ -63,8 +63,9 @@ class Work:
 
     @property
     def rules(self) -> sharding.Rules:
-        """Where parameters lie."""
-        return sharding.TRAINING if self.trains else sharding.SERVING
+        """Where parameters lie; a teacher's as its student's."""
+        serves = self.task in ("prefill", "decode")
+        return sharding.SERVING if serves else sharding.TRAINING
 
 
 class Estimate(NamedTuple):
@@ -138,7 +139,7 @@ def _problem(config: TextConfig, topology: Topology, work: Work, sizes: Sizes) -
     except ValueError as error:
         return str(error)
     parts = _product(sizes, *sharding.BATCH)
-    if work.trains and work.batch % parts:
+    if work.rules is sharding.TRAINING and work.batch % parts:
         return f"data × fsdp × expert = {parts} must divide the batch of {work.batch}"
     if work.length % sizes["context"]:
         return f"context={sizes['context']} must divide the {work.length} tokens of a sequence"
@@ -243,6 +244,8 @@ def _memory(config: TextConfig, work: Work, sizes: Sizes, remat: Remat) -> _Held
         cache = here * roofline.kv_bytes(config, work.length) / share
         if work.task == "decode":
             cache *= _padding(config)
+        if work.task == "teach":
+            cache = 0.0
         passing = 8 * tokens * config.embed_dim + 2 * 2 * layer + _patches(work, sizes, "full")
         return _Held(work.weight_bytes * held, 0.0, cache, passing)
     widths = _kept_widths(config, remat)
@@ -349,9 +352,9 @@ def ideal_flops(config: TextConfig, work: Work) -> float:
     training = float(work.tokens * roofline.training_flops(config, work.length))
     if work.trains:
         return training + encoded
-    # A prompt's last token alone needs the head.
-    counts = roofline.parameters(config)
-    head = 2 * (counts.head or counts.embedding) * (work.tokens - work.batch)
+    # A prompt's last token alone needs the head; a teacher is asked about each.
+    counts, unasked = roofline.parameters(config), work.tokens - work.batch
+    head = 0 if work.task == "teach" else 2 * (counts.head or counts.embedding) * unasked
     return training / 3 - head + encoded
 
 

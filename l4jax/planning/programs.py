@@ -20,7 +20,7 @@ from l4jax.inference.sampling import Sampling
 from l4jax.models.llama4 import Llama, cache_specs
 from l4jax.models.multimodal import Images, Multimodal
 from l4jax.planning.meshes import UPDATES, Pictures, Work
-from l4jax.training import objectives, optimizers, schedules
+from l4jax.training import objectives, optimizers, schedules, teacher
 from l4jax.training.trainer import Update, batch_sharding, compiled
 
 STEPS = decoding.PIECE
@@ -30,6 +30,8 @@ _STOPS = 2
 """Ids that end a row, when planning a decode step."""
 _SEGMENTS = 16
 """Answers in a row, when planning preferences."""
+_NAMED = 64
+"""Tokens that a teacher says the probability of, when planning distillation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +65,10 @@ def program(config: TextConfig, work: Work, *, execution: Execution, mesh: Mesh)
         config: the architecture.
         work: its task, rows, tokens and images. "train" reads rows of one document each, "sft"
             packed rows with masks, "dpo" packed pairs with what their reference says of them,
-            computed before; all update float32 parameters with AdamW in float32. "prefill" fills a
-            cache with prompts, "decode" adds `STEPS` tokens to each context; both hold parameters
-            in the type they compute in.
+            computed before, "distill" packed rows with what a teacher says of them; all update
+            float32 parameters with AdamW in float32. "teach" is that teacher's pass, "prefill"
+            fills a cache with prompts, "decode" adds `STEPS` tokens to each context; these hold
+            parameters in the type they compute in.
             Tiles of images come as float32 pixels, on the devices that read their rows.
         execution: how the model computes.
         mesh: of devices that may belong to nobody here.
@@ -80,7 +83,7 @@ def program(config: TextConfig, work: Work, *, execution: Execution, mesh: Mesh)
             function, arguments, parts = _update(model, work)
             return Program(mesh, rules, function, arguments, {}, parts)
         model = _placed(model, execution.dtype)
-        make = _prefill if task == "prefill" else _decode
+        make = {"teach": _teach, "prefill": _prefill, "decode": _decode}[task]
         function, arguments, static, parts = make(model, work)
         return Program(mesh, rules, function, (model, *arguments), static, parts)
 
@@ -94,25 +97,39 @@ def _model(config: TextConfig, images: Pictures | None, execution: Execution) ->
 def _update(model: Llama, work: Work) -> tuple[Callable, tuple, dict]:
     batch, seq, task, images = work.batch, work.length, work.task, work.images
     schedule = schedules.warmup_cosine(1e-4, steps=10_000, warmup=100)
-    objective = objectives.dpo() if task == "dpo" else objectives.next_token()
+    others = {"dpo": objectives.dpo(), "distill": objectives.distill()}
+    objective = others.get(task) or objectives.next_token()
     frozen = images is not None and images.frozen
     trainable = (lambda name: not name.startswith("vision.")) if frozen else None
     update = Update(model, objective, optimizers.adamw(schedule), trainable=trainable)
     state, place = update.abstract(), batch_sharding(batch, seq)
-    kinds: dict[str, Any] = {"tokens": np.int32}
-    if task != "train":
-        kinds |= {"segment_ids": np.int32, "positions": np.int32, "loss_mask": np.bool_}
-    rows = {
-        name: jax.ShapeDtypeStruct((batch, seq), kind, sharding=place)
-        for name, kind in kinds.items()
-    }
+    rows = _rows(work, packed=task != "train")
     if images is not None:
         rows["tiles"] = _tiles(images, batch * images.tiles, *place.spec[:1])
         rows["places"] = jax.ShapeDtypeStruct((batch, seq), np.int32, sharding=place)
     if task == "dpo":
         rows["reference"] = _array((batch, _SEGMENTS), np.float32, *place.spec[:1])
+    if task == "distill":
+        for name, kind in (("teacher_ids", np.int32), ("teacher_log_probs", np.float32)):
+            rows[name] = _array((batch, seq, _NAMED), kind, *place.spec)
+        rows["soft_weight"] = _array((), np.float32)
     parts = {"parameters": state.params, "optimizer": state.optimizer}
     return compiled(update), (state, rows), parts
+
+
+def _rows(work: Work, *, packed: bool) -> dict[str, Any]:
+    """Rows of tokens of a step."""
+    shape = (work.batch, work.length)
+    place = batch_sharding(*shape)
+    kinds: dict[str, Any] = {"tokens": np.int32}
+    if packed:
+        kinds |= {"segment_ids": np.int32, "positions": np.int32, "loss_mask": np.bool_}
+    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, kind in kinds.items()}
+
+
+def _teach(model: Llama, work: Work) -> tuple[Callable, tuple, dict, dict]:
+    rows = _rows(work, packed=True)
+    return teacher.top_tokens(model, _NAMED).function, (rows,), {}, {"parameters": model}
 
 
 def _prefill(model: Llama, work: Work) -> tuple[Callable, tuple, dict, dict]:

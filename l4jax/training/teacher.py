@@ -58,15 +58,17 @@ class Frozen:
         mesh: Mesh | None = None,
         rules: sharding.Rules = sharding.TRAINING,
     ) -> None:
-        self._run, self._model, self._mesh, self._rules = jax.jit(f), model, mesh, rules
+        self.function = jax.jit(f)
+        """(model, batch) → what is added."""
+        self._model, self._mesh, self._rules = model, mesh, rules
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         """The batch and what is added to it."""
         read = {name: batch[name] for name in READ if name in batch}
         if self._mesh is None:
-            return {**batch, **self._run(self._model, read)}
+            return {**batch, **self.function(self._model, read)}
         with sharding.use(self._mesh, self._rules):
-            found = self._run(self._model, jax.tree.map(np.asarray, read))
+            found = self.function(self._model, jax.tree.map(np.asarray, read))
         return {**batch, **jax.device_get(found)}
 
 
