@@ -377,6 +377,36 @@ custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
     assert found.kernel_flops == 2 * 2 * blocks * 128 * 128 * 64 * 16
 
 
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize(
+    ("name", "block", "size", "products"),
+    [
+        ("fwd_residuals", "block_kv", 256, 2),
+        ("dq", "block_kv_dq", 256, 3),
+        ("dkv", "block_q_dkv", 128, 4),
+    ],
+)
+def test_splash_attention_of_a_part_of_the_queries_sees_its_share_of_the_keys(
+    name, block, size, products, in_order
+):
+    """512 of 2,048 queries: two pieces from either end, or, of the busiest shard, the last ones."""
+    text = f"""
+  %next = s8[1,4,8]{{2,1,0}} parameter(0)
+  %q = bf16[2,8,512,64]{{3,2,1,0}} parameter(1)
+  %k = bf16[2,2048,64]{{2,1,0}} parameter(2)
+  ROOT %splash_mha_{name}.3 = bf16[2,8,512,64]{{3,2,1,0}} custom-call(%next, %next, %q, %k), \
+custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
+"xprof_metadata":"{{\\"{block}\\": {size}}}"
+}}}}, backend_config={{"custom_call_config":{{"body":"x"}}}}
+"""
+    seen = 512 * 2048 * (1 - 512 / 2048 / 2) if in_order else 512 * 2048 / 2
+    found = counted(text, in_order=in_order)
+    expected = 2 * products * seen * 64 * 16
+    # What blocks on the diagonal waste, in those of this size.
+    assert found.kernel_flops == pytest.approx(expected, rel=1e-9 if in_order else 0.26)
+    assert found.kernel_flops >= expected
+
+
 # --- Memory traffic ------------------------------------------------------------------------------
 def test_slices_and_updates_of_large_arrays_count_as_large_as_they_are():
     found = counted(

@@ -114,6 +114,7 @@ def count(
     *,
     slices: int = 1,
     grouped_rows: int | None = None,
+    in_order: bool = False,
     steps: int | None = None,
 ) -> Counts:
     """Counts a program.
@@ -124,12 +125,14 @@ def count(
         slices: slices that the first axis crosses.
         grouped_rows: rows of a device that balanced routing sends through the kernels that multiply
             by groups; by default all that their buffers have.
+        in_order: whether the shards of a sequence follow each other, so that the last one's queries
+            see nearly all keys, for which the others wait: that device is counted.
         steps: if the program is a loop that ends by data, how often that runs; counted is one step,
             with its part of what is done before and after them all.
     """
     module = Module(text)
     counts = Counts()
-    counter = _Counter(module, dict(mesh), slices, grouped_rows, counts)
+    counter = _Counter(module, dict(mesh), slices, grouped_rows, in_order, counts)
     for name, (times, fused) in module.runs(steps).items():
         if times:
             for instruction in module.computations[name].instructions.values():
@@ -145,10 +148,11 @@ class _Counter:
         mesh: dict[str, int],
         slices: int,
         grouped_rows: int | None,
+        in_order: bool,
         counts: Counts,
     ) -> None:
         self.module, self.mesh, self.slices, self.counts = module, mesh, slices, counts
-        self.grouped_rows = grouped_rows
+        self.grouped_rows, self.in_order = grouped_rows, in_order
         self.devices = math.prod(mesh.values()) // slices
 
     def add(self, where: Computation, what: Instruction, times: float, fused: bool) -> None:
@@ -195,7 +199,7 @@ class _Counter:
 
     def _kernel(self, where: Computation, what: Instruction, times: float) -> None:
         name = what.name.partition(".")[0]
-        flops = _kernel_flops(name, where, what, self.grouped_rows)
+        flops = _kernel_flops(name, where, what, self.grouped_rows, self.in_order)
         self.counts.kernels.append(Kernel(name, times, flops))
 
     def _host(self, where: Computation, what: Instruction, times: float) -> None:
@@ -294,7 +298,7 @@ _GROUPED = re.compile(r"gmm|ragged-dot|grouped")
 
 
 def _kernel_flops(
-    name: str, where: Computation, what: Instruction, grouped_rows: int | None
+    name: str, where: Computation, what: Instruction, grouped_rows: int | None, in_order: bool
 ) -> float | None:
     """A Pallas kernel's operations each time that it runs; None if they cannot be told."""
     told = _told(what, "flops")
@@ -309,7 +313,7 @@ def _kernel_flops(
         flops = told if told is not None else 2.0 * rows * terms
         return flops * min(1.0, grouped_rows / rows) if grouped_rows is not None else flops
     if told is None and "splash" in name:
-        return _splash_flops(name, what.attributes, arrays)
+        return _splash_flops(name, what.attributes, arrays, in_order)
     return told
 
 
@@ -327,24 +331,35 @@ def _grouped_rows(matrices: Sequence[tuple[int, ...]], outcome: tuple[int, ...])
     return shared[0], outcome[-1] * outcome[-2]
 
 
-def _splash_flops(name: str, attributes: str, arrays: Sequence[hlo.Shape]) -> float | None:
+def _splash_flops(
+    name: str, attributes: str, arrays: Sequence[hlo.Shape], in_order: bool
+) -> float | None:
     """JAX's splash attention: 2·d for each pair of query and key in its causal blocks, and product.
 
-    Its first operand has, for each block of queries, as many entries as there are blocks of keys
-    that any of them sees; on average a causal row of blocks needs half of them and half its own.
+    Its first operand, a table of blocks of queries by blocks of keys, is as short along one of them
+    (queries where it computes the gradients of keys) as the most that any of the others needs. On
+    average a causal row of blocks needs half of these and half its own. So do queries that are a
+    balanced part of the keys' sequence; those of its last part need all but half their own.
     """
     grid = next((s.dims for s in arrays if len(s.dims) == 3), None)
-    queries = next((s.dims for s in arrays if s.floating and len(s.dims) >= 3), None)
-    if grid is None or queries is None:
+    tensors = [s.dims for s in arrays if s.floating and len(s.dims) >= 3]
+    if grid is None or not tensors:
         return None
-    width, blocks = sorted(grid[-2:])
-    length = queries[-2]
-    suffix = "_dkv" if "dkv" in name else "_dq" if "dq" in name else ""
-    told = re.search(rf'block_kv{suffix}\\": (\d+)', attributes)
-    block = int(told[1]) if told else length / blocks
-    pairs = length * block * (width + 1) / 2 * math.prod(queries[:-2])
+    queries, keys = tensors[0], tensors[1 % len(tensors)]
+    backward = "dkv" in name
+    width = grid[-2] if backward else grid[-1]
+    lines = grid[-1] if backward else grid[-2]
+    length = keys[-2] if backward else queries[-2]
+    suffix = "_dkv" if backward else "_dq" if "dq" in name else ""
+    told = re.search(rf'block_{"q" if backward else "kv"}{suffix}\\": (\d+)', attributes)
+    block = int(told[1]) if told else length / lines
+    most = width * block
+    other = queries[-2] if backward else keys[-2]
+    seen = (most + block) / 2
+    if in_order and keys[-2] > queries[-2] and most >= other:
+        seen = most * (1 - queries[-2] / keys[-2] / 2)
     products = 2 if "fwd" in name else 3 if "dq" in name else 5 if "fused" in name else 4
-    return 2.0 * pairs * queries[-1] * products
+    return 2.0 * length * seen * math.prod(queries[:-2]) * queries[-1] * products
 
 
 # --- Memory traffic ------------------------------------------------------------------------------
