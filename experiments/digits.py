@@ -3,10 +3,11 @@
     python -m experiments.digits
 
 Its pictures are made of scikit-learn's scans, 8 × 8 pixels each, by several hands: one digit, two
-side by side (which take two tiles and the whole), or two pictures in one question. Some scans are
-never trained on; held-out questions are of those alone, in pictures and sums that the model has not
-seen. It learns by what any conversation with images goes through: `conversations`, packing,
-`pipeline`, `objectives.next_token`, from random parameters, encoder and all.
+side by side (which take two tiles and the whole), or two pictures in one question; and of pieces of
+its two photos, in colour. Some scans, and the right of each photo, are never trained on; held-out
+questions are of those alone, in pictures and sums that the model has not seen. It learns by what
+any conversation with images goes through: `conversations`, packing, `pipeline`,
+`objectives.next_token`, from random parameters, encoder and all.
 
 Leaves what pre-training leaves, the model in `model/` and in Hugging Face's format in `export/`;
 `report.json` with the share of held-out questions that are answered exactly, and `answers.png`.
@@ -47,8 +48,13 @@ KINDS = {
     "one digit": "Which digit is it?",
     "two in a picture": "What is the sum?",
     "two pictures": "What do they add up to?",
+    "a photo": "Which photo is it from?",
 }
 """What is asked, by what is shown."""
+ORDER = (*list(KINDS)[:3], *list(KINDS)[:3], "a photo")
+"""Kinds of the questions to learn from, again and again."""
+RIGHT = 0.75
+"""Where the part of a photo begins that is held out, in its width."""
 SHOWN = 8
 """Answers of each kind in the figure."""
 
@@ -64,7 +70,7 @@ class Digits(leaves.Recipe):
     """To learn from."""
     held_out: int = 300
     """Of each kind, to be answered at the end."""
-    run: loop.Settings = loop.Settings(steps=2000, checkpoint_every=500, evaluate_every=250)
+    run: loop.Settings = loop.Settings(steps=3000, checkpoint_every=500, evaluate_every=250)
     optimization: leaves.Optimization = leaves.Optimization(learning_rate=1e-3, warmup=50)
 
     def __post_init__(self) -> None:
@@ -139,18 +145,27 @@ def run(settings: Digits) -> loop.Result:
 
 # --- Questions -----------------------------------------------------------------------------------
 def questions(settings: Digits) -> tuple[list[Question], dict[str, list[Question]]]:
-    """To learn from, all kinds mixed; and to be answered, by kind, of other scans."""
-    train, held_out = scans(settings.seed)
+    """To learn from, all kinds mixed; and to be answered, by kind, of other scans and places."""
+    train, held_out = sources(settings.seed)
     rng = np.random.default_rng(settings.seed)
-    kinds = list(KINDS)
-    learned = [draw(kinds[n % len(kinds)], train, rng) for n in range(settings.questions)]
+    learned = [draw(ORDER[n % len(ORDER)], train, rng) for n in range(settings.questions)]
     return learned, {
-        kind: [draw(kind, held_out, rng) for _ in range(settings.held_out)] for kind in kinds
+        kind: [draw(kind, held_out, rng) for _ in range(settings.held_out)] for kind in KINDS
     }
 
 
-def scans(seed: int) -> list[list[tuple[np.ndarray, int]]]:
-    """scikit-learn's scans and their digits: four fifths to train on, and the others."""
+class Source(NamedTuple):
+    """What pictures are made of.
+
+    scans: [8 8] from 0 to 16, and their digits. photos: by name, [y x 3] uint8.
+    """
+
+    scans: list[tuple[np.ndarray, int]]
+    photos: dict[str, np.ndarray]
+
+
+def sources(seed: int) -> tuple[Source, Source]:
+    """To train on, four fifths of scikit-learn's scans and the left of its photos; and the rest."""
     try:
         from sklearn import datasets
     except ImportError:
@@ -159,15 +174,21 @@ def scans(seed: int) -> list[list[tuple[np.ndarray, int]]]:
     whole = list(zip(found.images, found.target.tolist(), strict=True))
     order = np.random.default_rng(seed).permutation(len(whole))
     cut = len(whole) * 4 // 5
-    return [[whole[n] for n in part] for part in (order[:cut], order[cut:])]
+    photos = {name: datasets.load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
+    edges = {name: round(RIGHT * photo.shape[1]) for name, photo in photos.items()}
+    return (
+        Source([whole[n] for n in order[:cut]], {x: y[:, : edges[x]] for x, y in photos.items()}),
+        Source([whole[n] for n in order[cut:]], {x: y[:, edges[x] :] for x, y in photos.items()}),
+    )
 
 
-def draw(
-    kind: str, scanned: Sequence[tuple[np.ndarray, int]], rng: np.random.Generator
-) -> Question:
-    """A question about scans drawn from these."""
+def draw(kind: str, source: Source, rng: np.random.Generator) -> Question:
+    """A question about something drawn from these."""
+    if kind == "a photo":
+        name = str(rng.choice(list(source.photos)))
+        return Question(kind, [piece(source.photos[name], rng)], name)
     count = 1 if kind == "one digit" else 2
-    chosen = [scanned[int(n)] for n in rng.integers(len(scanned), size=count)]
+    chosen = [source.scans[int(n)] for n in rng.integers(len(source.scans), size=count)]
     tiles = [place(scan, rng) for scan, _ in chosen]
     digits = [digit for _, digit in chosen]
     if kind == "one digit":
@@ -186,6 +207,15 @@ def place(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     y, x = rng.integers(0, TILE - side + 1, size=2)
     tile[y : y + side, x : x + side] = enlarged
     return tile
+
+
+def piece(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A square of a photo, a tenth of its height or more, as small as a tile, [y x 3] uint8."""
+    high, wide = photo.shape[:2]
+    side = int(rng.integers(high // 10, min(high, wide) + 1))
+    y, x = (int(rng.integers(0, size - side + 1)) for size in (high, wide))
+    square = Image.fromarray(photo[y : y + side, x : x + side])
+    return np.asarray(square.resize((TILE, TILE), Image.Resampling.BILINEAR))
 
 
 # --- Model ---------------------------------------------------------------------------------------
@@ -279,7 +309,7 @@ def drawn(
     held_out: dict[str, list[Question]], answers: dict[str, list[str]], right: dict[str, float]
 ) -> matplotlib.figure.Figure:
     """Some questions of each kind with their answers, wrong ones, if there are any, among them."""
-    figure = matplotlib.figure.Figure(figsize=(11, 5.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(11, 6.8), layout="constrained")
     parts: Any = figure.subfigures(len(KINDS), 1)
     for part, kind in zip(parts, KINDS, strict=True):
         part.suptitle(f"{KINDS[kind]}   {right[kind]:.1%} of {len(held_out[kind])} right", size=10)
@@ -287,9 +317,10 @@ def drawn(
         wrong = [pair for pair in pairs if pair[0].answer != pair[1]][:2]
         shown = [pair for pair in pairs if pair[0].answer == pair[1]][: SHOWN - len(wrong)] + wrong
         for axes, (question, answer) in zip(part.subplots(1, SHOWN), shown, strict=False):
-            gap = np.full((TILE, 2), 255, np.uint8)
-            row = [x for image in question.shown for x in (image, gap)][:-1]
-            axes.imshow(np.concatenate(row, axis=1), cmap="gray")
+            gap = np.full((TILE, 2, 3), 255, np.uint8)
+            coloured = [np.stack([x] * 3, -1) if x.ndim == 2 else x for x in question.shown]
+            row = [x for image in coloured for x in (image, gap)][:-1]
+            axes.imshow(np.concatenate(row, axis=1))
             colour = "black" if answer == question.answer else "firebrick"
             # A model that has learned little may say anything.
             shown_as = "".join(c if c.isprintable() and c.isascii() else "·" for c in answer)
