@@ -247,6 +247,12 @@ def test_diloco_is_nesterov_on_pseudo_gradients_and_its_inner_optimizer_lives_on
     assert state.clients.optimizer[0].count.tolist() == [8] * 4
     w, inner, velocity = toys.linear(), [None] * 4, jax.tree.map(jnp.zeros_like, toys.linear())
     rule = optax.adam(0.1)
+
+    @jax.jit
+    def step(v, moments, batch):
+        updates, moments = rule.update(jax.grad(toys.loss)(v, batch, KEY), moments, v)
+        return optax.apply_updates(v, updates), moments
+
     for _ in range(4):
         ends = []
         for k, rows in enumerate(toys.parts(sizes)):
@@ -254,9 +260,7 @@ def test_diloco_is_nesterov_on_pseudo_gradients_and_its_inner_optimizer_lives_on
             for i in (0, 5):
                 taken = rows[i : i + 5]
                 batch = {name: jnp.asarray(x[taken]) for name, x in toys.pool().items()}
-                g = jax.grad(toys.loss)(v, batch | {"mask": jnp.ones(len(taken))}, KEY)
-                updates, moments = rule.update(g, moments, v)
-                v = optax.apply_updates(v, updates)
+                v, moments = step(v, moments, batch | {"mask": jnp.ones(len(taken))})
             inner[k] = moments
             ends.append(v)
         g = jax.tree.map(lambda a, *b: a - sum(b) / 4, w, *ends)

@@ -134,8 +134,8 @@ def test_ideal_operations_are_those_of_the_roofline():
     assert meshes.ideal_flops(SCOUT, work("teach")) * 3 == meshes.ideal_flops(SCOUT, work())
 
 
-@pytest.mark.parametrize("task", ["distill", "teach"])
-def test_a_teacher_and_its_student_are_what_the_recipe_runs(task):
+@pytest.mark.parametrize(("task", "tiles"), [("distill", 0), ("teach", 0), ("teach", 2)])
+def test_a_teacher_and_its_student_are_what_the_recipe_runs(task, tiles):
     """Their programs: rows where the trainer lays them, parameters as each keeps them."""
     config = presets.tiny(presets.llama4_scout())
     mesh = jax.make_mesh(
@@ -143,16 +143,19 @@ def test_a_teacher_and_its_student_are_what_the_recipe_runs(task):
         sharding.AXES,
         axis_types=(AxisType.Auto,) * len(sharding.AXES),
     )
-    found = programs.program(
-        config, work(task, 8, 64), execution=Execution(dtype="bfloat16"), mesh=mesh
-    )
+    vision = presets.tiny_vision(presets.llama4_vision())
+    pictures = meshes.Pictures(vision, tiles, frozen=False) if tiles else None
+    asked = dataclasses.replace(work(task, 8, 64), images=pictures)
+    found = programs.program(config, asked, execution=Execution(dtype="bfloat16"), mesh=mesh)
     bytes_, count = found.bytes(), roofline.parameters(config).total
     assert bytes_["parameters"] >= (2 if task == "teach" else 4) * count / 8
     assert ("optimizer" in bytes_) == (task == "distill")
     rows = found.arguments[-1]
     named = {"teacher_ids", "teacher_log_probs", "soft_weight"}
     assert named & set(rows) == (named if task == "distill" else set())
-    assert {x.sharding.shard_shape(x.shape)[0] for x in rows.values() if x.ndim} == {1}
+    assert ("tiles" in rows) == ("places" in rows) == bool(tiles)
+    here = {name: x.sharding.shard_shape(x.shape)[0] for name, x in rows.items() if x.ndim}
+    assert here == {name: tiles if name == "tiles" else 1 for name in here}
     out = found.lower().out_info
     if task == "teach":
         assert {name: x.shape for name, x in out.items()} == {

@@ -104,9 +104,6 @@ def _update(model: Llama, work: Work) -> tuple[Callable, tuple, dict]:
     update = Update(model, objective, optimizers.adamw(schedule), trainable=trainable)
     state, place = update.abstract(), batch_sharding(batch, seq)
     rows = _rows(work, packed=task != "train")
-    if images is not None:
-        rows["tiles"] = _tiles(images, batch * images.tiles, *place.spec[:1])
-        rows["places"] = jax.ShapeDtypeStruct((batch, seq), np.int32, sharding=place)
     if task == "dpo":
         rows["reference"] = _array((batch, _SEGMENTS), np.float32, *place.spec[:1])
     if task == "distill":
@@ -118,13 +115,20 @@ def _update(model: Llama, work: Work) -> tuple[Callable, tuple, dict]:
 
 
 def _rows(work: Work, *, packed: bool) -> dict[str, Any]:
-    """Rows of tokens of a step."""
+    """Rows of tokens of a step, and of tiles where they have images."""
     shape = (work.batch, work.length)
     place = batch_sharding(*shape)
     kinds: dict[str, Any] = {"tokens": np.int32}
     if packed:
         kinds |= {"segment_ids": np.int32, "positions": np.int32, "loss_mask": np.bool_}
-    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, kind in kinds.items()}
+    if work.images is not None:
+        kinds["places"] = np.int32
+    rows: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, kind in kinds.items()
+    }
+    if work.images is not None:
+        rows["tiles"] = _tiles(work.images, work.batch * work.images.tiles, *place.spec[:1])
+    return rows
 
 
 def _teach(model: Llama, work: Work) -> tuple[Callable, tuple, dict, dict]:
