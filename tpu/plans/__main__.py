@@ -38,7 +38,7 @@ PRESETS = (
 )
 TASKS: tuple[meshes.Task, ...] = ("train", "sft", "prefill", "decode")
 LARGE = {"v5p": "v5p:4x8x8", "v6e": "v6e:16x16", "tpu7x": "tpu7x:4x8x8"}
-SLICES = {"v5p": ("v5p:8x8x16", 2), "v6e": ("v6e:16x16", 4), "tpu7x": ("tpu7x:8x8x16", 2)}
+SLICES = {"v5p": ("v5p:8x16x16", 2), "v6e": ("v6e:16x16", 4), "tpu7x": ("tpu7x:8x8x16", 2)}
 """What the largest model is trained on."""
 
 
