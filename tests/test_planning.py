@@ -134,6 +134,20 @@ def test_ideal_operations_are_those_of_the_roofline():
     assert meshes.ideal_flops(SCOUT, work("teach")) * 3 == meshes.ideal_flops(SCOUT, work())
 
 
+@pytest.mark.parametrize(
+    ("mesh", "length", "follow"),
+    [
+        ("fsdp=64", 8192, False),
+        ("expert=16,context=4", 32_768, True),  # shards of a chunk each, which halves would cut
+        ("expert=16,context=4", 65_536, False),
+        ("expert=16,context=4", 32_766, False),  # context does not divide it, and holds copies
+    ],
+)
+def test_shards_follow_each_other_where_that_keeps_chunks_whole(mesh, length, follow):
+    asked = work("sft", 16, length)
+    assert meshes.in_order(SCOUT, asked, meshes.parse(mesh)) == follow
+
+
 @pytest.mark.parametrize(("task", "tiles"), [("distill", 0), ("teach", 0), ("teach", 2)])
 def test_a_teacher_and_its_student_are_what_the_recipe_runs(task, tiles):
     """Their programs: rows where the trainer lays them, parameters as each keeps them."""

@@ -15,8 +15,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple, get_args
 
+import jax
+
 from l4jax import roofline, sharding
 from l4jax.config import Remat, TextConfig, VisionConfig
+from l4jax.models import sequence
 from l4jax.planning.chips import GIB, Topology
 
 Task = Literal["train", "sft", "dpo", "distill", "teach", "prefill", "decode"]
@@ -408,6 +411,14 @@ def expert_rows(config: TextConfig, work: Work, sizes: Sizes) -> int:
     if work.task != "decode":
         parts *= sizes["context"]
     return math.ceil(work.tokens * chosen / parts)
+
+
+def in_order(config: TextConfig, work: Work, sizes: Sizes) -> bool:
+    """Whether the sequence's shards follow each other, instead of having pieces from both ends."""
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    with jax.sharding.use_abstract_mesh(mesh):
+        cut = sequence.split(config, work.length)
+    return cut is not None and not cut.balanced
 
 
 def _product(sizes: Sizes, *axes: str) -> int:

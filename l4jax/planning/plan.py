@@ -18,7 +18,6 @@ import jax
 
 from l4jax import presets, sharding
 from l4jax.config import Execution, Remat, TextConfig
-from l4jax.models import sequence
 from l4jax.models.vision import tile_features
 from l4jax.planning import compiler, counting, measuring, meshes, programs, rounds, timing
 from l4jax.planning.chips import GIB, Topology
@@ -196,7 +195,7 @@ def compiled(
         report["advice"] = advice(request, sizes, remat, found.needed_gib)
     else:
         report |= {"fits": True, "hbm_gib": _memory(request, program, found)}
-        report |= _costs(request, sizes, found, mesh)
+        report |= _costs(request, sizes, found, list(mesh.devices.flat))
         if request.rounds is not None:
             report |= _with_meetings(request, sizes, report, program.parts["parameters"])
     report |= {
@@ -242,21 +241,19 @@ def _costs(
     request: Request,
     sizes: Mapping[str, int],
     found: compiler.Compiled,
-    mesh: Any,
+    devices: list[Any],
 ) -> dict[str, Any]:
     """What the compiled program moves and computes, and the time that it takes at least."""
     topology, work = request.topology, request.work
-    with sharding.use(mesh, work.rules):
-        cut = sequence.split(request.config, work.length)
     counts = counting.count(
         found.text,
         sizes,
         slices=topology.slices,
         grouped_rows=meshes.expert_rows(request.config, work, sizes),
-        in_order=cut is not None and not cut.balanced,
+        in_order=meshes.in_order(request.config, work, sizes),
         steps=programs.STEPS if work.task == "decode" else None,
     )
-    times = timing.seconds(counts, topology, list(mesh.devices.flat))
+    times = timing.seconds(counts, topology, devices)
     ideal = meshes.ideal_flops(request.config, work) / topology.devices
     rate = work.tokens / times.total
     costs: dict[str, Any] = {
