@@ -13,7 +13,7 @@ from l4jax.training import filtering
 CONFIG = presets.get("tiny-llama4-scout").make()
 
 
-@pytest.mark.parametrize("segments", [2, 9])
+@pytest.mark.parametrize("segments", [pytest.param(2, marks=pytest.mark.slow), 9])
 def test_losses_are_those_of_each_example_alone(segments):
     rng = np.random.default_rng(0)
     sizes = [9, 30, 2, 17, 1, 25]

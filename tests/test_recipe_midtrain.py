@@ -94,7 +94,8 @@ def test_later_stages_have_longer_rows_of_as_many_tokens(whole):
 
 # --- Going on ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("stage", "batches"), [(0, 1), pytest.param(0, 3, marks=pytest.mark.slow), (1, 3)]
+    ("stage", "batches"),
+    [*(pytest.param(0, n, marks=pytest.mark.slow) for n in (1, 3)), (1, 3)],
 )
 def test_a_killed_run_goes_on_where_it_was(go, whole, tmp_path, monkeypatch, stage, batches):
     out, next_batch = tmp_path / "out", midtrain.Until.__next__
