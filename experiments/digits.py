@@ -51,7 +51,7 @@ KINDS = {
     "a photo": "Which photo is it from?",
 }
 """What is asked, by what is shown."""
-ORDER = (*list(KINDS)[:3], *list(KINDS)[:3], "a photo")
+ORDER = (*("one digit", "two in a picture", "two pictures") * 2, "a photo")
 """Kinds of the questions to learn from, again and again."""
 RIGHT = 0.75
 """Where the part of a photo begins that is held out, in its width."""

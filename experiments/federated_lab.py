@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -263,7 +263,8 @@ class Lab:
         """Accuracy by round of a run; one that is in `out` already is read."""
         settings = self.settings
         rounds = rounds or settings.rounds
-        folder, file = self._places(name)
+        folder = self._folder(name)
+        file = folder / "metrics.jsonl"
         if not _done(file, rounds):
             self._train(folder, parts, seed, algorithm or self.algorithm(), start, rounds)
         lines = tracking.read(file)
@@ -272,16 +273,11 @@ class Lab:
         return found
 
     def apart(self, name: str) -> dict[str, dict[int, float]]:
-        """Weight divergence by round of a run of `compared`: of everything as "all", by layer."""
-        lines = tracking.read(self._places(name)[1])
-        names = {"divergence": "all"} | {f"divergence_{x}": x for x in self.params(0)}
-        return {
-            layer: {line["step"] + 1: line[name] for line in lines} for name, layer in names.items()
-        }
+        """`apart` of a run of `compared`, by layer."""
+        return apart(tracking.read(self._folder(name) / "metrics.jsonl"), self.params(0))
 
-    def _places(self, name: str) -> tuple[pathlib.Path, pathlib.Path]:
-        folder = self.settings.out / "runs" / name
-        return folder, folder / "metrics.jsonl"
+    def _folder(self, name: str) -> pathlib.Path:
+        return self.settings.out / "runs" / name
 
     def _train(  # noqa: PLR0913 - as above
         self,
@@ -428,6 +424,16 @@ def carry_out(  # noqa: PLR0913 - what is trained, on what, from where, how, and
             tracker.close()
         if saved:
             saved.close()
+
+
+def apart(lines: Sequence[Mapping[str, Any]], groups: Iterable[str]) -> dict[str, dict[int, float]]:
+    """Weight divergence by group and round, of everything as "all"; {} if it was not compared."""
+    names = {"divergence": "all"} | {f"divergence_{x}": x for x in groups}
+    found = {
+        group: {line["step"] + 1: line[name] for line in lines if name in line}
+        for name, group in names.items()
+    }
+    return {group: values for group, values in found.items() if values}
 
 
 def save(folder: pathlib.Path, figure: matplotlib.figure.Figure, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -331,7 +331,7 @@ class Lab:
         curve = {line["step"] + 1: line["eval_loss"] for line in lines}
         CONSOLE.print(f"{name:24} {list(curve.values())[-1]:.3f}", highlight=False)
         sent = sum(line["bytes_down"] + line["bytes_up"] for line in lines)
-        self._runs[name] = Run(params, curve, sent, _apart(lines))
+        self._runs[name] = Run(params, curve, sent, federated_lab.apart(lines, language.GROUPS))
         return self._runs[name]
 
     def warm(self, rounds: int) -> None:
@@ -444,16 +444,6 @@ class Lab:
         # With one client there is nothing to be wrong about.
         rule = "factors" if alone and rule == "exact" else rule
         return adapters.fedavg(local, rule, server=outer, options=options, clients=self.clients)
-
-
-def _apart(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """Weight divergence by group and round."""
-    names = {"divergence": "all"} | {f"divergence_{x}": x for x in language.GROUPS}
-    found = {
-        group: {line["step"] + 1: line[name] for line in lines if name in line}
-        for name, group in names.items()
-    }
-    return {group: values for group, values in found.items() if values}
 
 
 def start(settings: Settings, tokenizer: Tokenizer) -> Llama:

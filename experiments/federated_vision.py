@@ -106,7 +106,7 @@ def partitions(lab: Lab) -> Report:
             algorithm = lab.compared if s.compare else lab.algorithm()
             run = f"{_slug(name)}-{seed}"
             runs.setdefault(name, []).append(lab.curve(run, parts, seed=seed, algorithm=algorithm))
-            for layer, values in (lab.apart(run) if s.compare else {}).items():
+            for layer, values in lab.apart(run).items():
                 points = apart.setdefault(layer, {}).setdefault(name, {})
                 for number, value in values.items():
                     points.setdefault(number, []).append(value)

@@ -368,7 +368,8 @@ def test_splash_attention_counts_its_causal_blocks():
     found = counted("""
   %next = s8[1,4,4]{2,1,0} parameter(0)
   %q = bf16[2,8,512,64]{3,2,1,0} parameter(1)
-  ROOT %splash_mha_fwd_residuals.3 = bf16[2,8,512,64]{3,2,1,0} custom-call(%next, %next, %q), \
+  %k = bf16[2,512,64]{2,1,0} parameter(2)
+  ROOT %splash_mha_fwd_residuals.3 = bf16[2,8,512,64]{3,2,1,0} custom-call(%next, %next, %q, %k), \
 custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 128, \\"block_kv\\": 128}"
 }}, backend_config={"custom_call_config":{"body":"x"}}

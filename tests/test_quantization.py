@@ -150,7 +150,7 @@ def test_only_floating_point_arrays_are_quantized():
     "axes",
     [
         pytest.param({}, id="one", marks=pytest.mark.slow),
-        pytest.param({"expert": 2, "fsdp": 2, "tensor": 2}, id="mesh", marks=pytest.mark.slow),
+        pytest.param({"expert": 2, "fsdp": 2, "tensor": 2}, id="mesh"),
     ],
 )
 def test_rounding_passes_gradients_straight_through(axes):

@@ -2,9 +2,9 @@
 
 The guarantee is about a whole client, being there or not (McMahan et al. 2018, "Learning
 Differentially Private Recurrent Language Models"), and holds only against those who see what the
-server publishes: parameters, but not a round's metrics (loss, clients, excluded, dispersion), which
-get no noise. The simulation itself hides nothing. Accounting is dp-accounting's
-(`pip install 'l4jax[federated]'`).
+server publishes: parameters, but not a round's metrics (loss, clients, excluded, dispersion, and
+divergence from training on everybody's data), which get no noise. The simulation itself hides
+nothing. Accounting is dp-accounting's (`pip install 'l4jax[federated]'`).
 """
 
 from __future__ import annotations

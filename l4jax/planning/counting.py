@@ -343,9 +343,9 @@ def _splash_flops(
     """
     grid = next((s.dims for s in arrays if len(s.dims) == 3), None)
     tensors = [s.dims for s in arrays if s.floating and len(s.dims) >= 3]
-    if grid is None or not tensors:
+    if grid is None or len(tensors) < 2:
         return None
-    queries, keys = tensors[0], tensors[1 % len(tensors)]
+    queries, keys = tensors[:2]
     backward = "dkv" in name
     width = grid[-2] if backward else grid[-1]
     lines = grid[-1] if backward else grid[-2]
