@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -25,9 +24,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from l4jax.config import TextConfig
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
-"""data: replicas; the only axis that crosses slices. fsdp: parameters split, gathered for use.
-expert: experts split, never gathered. context: the sequence split. tensor: heads and hidden widths
-split. Tokens lie on the first four: rows on data, fsdp and expert, their tokens on context."""
+"""data: replicas; only it crosses slices. fsdp: parameters split: many tokens gather them,
+few go to them (`apart`). expert: experts split, never gathered. context: the sequence split.
+tensor: heads and hidden widths split. Tokens lie on the first four: rows on data, fsdp and expert,
+their tokens on context."""
 BATCH = ("data", "fsdp", "expert")
 
 Rules = Mapping[str, tuple[str, ...]]
@@ -48,7 +48,7 @@ TRAINING: Rules = {
 """Every parameter lies on as many devices as hold different tokens, whatever those differ in."""
 
 SERVING: Rules = {**TRAINING, "embed": ("fsdp",), "expert_embed": ("fsdp",)}
-"""Only `fsdp` gathers weights: what a decode step reads should lie where it is used."""
+"""Only `fsdp` gathers weights, for prompts: what a decode step reads lies where it is used."""
 
 GATHERED = ("embed", "expert_embed")
 """Dimensions that `read` makes whole; along all others a shard computes with its own part."""
@@ -239,15 +239,6 @@ def beside(whole: PartitionSpec, shape: tuple[int, ...], scale: Any) -> Partitio
     return PartitionSpec(*kept)
 
 
-def of_scale(
-    place: jax.sharding.Sharding, shape: tuple[int, ...], scale: Any
-) -> jax.sharding.Sharding:
-    """Where the scales beside a quantized weight of this shape at `place` lie; see `beside`."""
-    if isinstance(place, NamedSharding):
-        place = NamedSharding(place.mesh, beside(place.spec, shape, scale))
-    return place
-
-
 def create(make: Callable[[], T]) -> T:
     """The module that `make` builds, each parameter made in place on the current mesh."""
     graph, abstract = nnx.split(nnx.eval_shape(make))
@@ -317,14 +308,31 @@ def total(x: T, *axes: str) -> T:
     return jax.lax.psum(x, live(*axes)) if live(*axes) else x
 
 
+def scatter(x: jax.Array, dim: int, *axes: str) -> jax.Array:
+    """This shard's part, at `dim`, of the sum over the shards along these axes."""
+    here = live(*axes)
+    return jax.lax.psum_scatter(x, here, scatter_dimension=dim, tiled=True) if here else x
+
+
 def exchange(x: jax.Array, split: int, join: int, *axes: str) -> jax.Array:
     """Cuts `x` at dimension `split`, a piece for each shard, and joins what comes at `join`."""
     here = live(*axes)
     return jax.lax.all_to_all(x, here, split, join, tiled=True) if here else x
 
 
-def read(param: nnx.Variable, dtype: Any) -> Any:
-    """A parameter to compute with: whole along its gathered dimensions, in this type.
+def apart(param: nnx.Variable, x: jax.Array) -> tuple[str, ...]:
+    """The axes along which a weight stays cut because `x` [b … d] is less to send than it, if so.
+
+    Few tokens go to the weight, each shard multiplying its part of the width of all shards' rows:
+    what is decoded never waits for weights (Pope et al. 2022, section 3.2.2).
+    """
+    names = zip(param_axes(param), param_mesh_axes(param), strict=True)
+    axes = live(*next(axes for name, axes in names if name in GATHERED))
+    return axes if 2 * x.size * size(*axes) <= x.shape[-1] ** 2 else ()
+
+
+def read(param: nnx.Variable, dtype: Any, *, whole: bool = True) -> Any:
+    """A parameter to compute with: whole along its gathered dimensions or not, in this type.
 
     An array travels in the narrower of its own type and `dtype`, and so does its gradient.
     """
@@ -332,24 +340,25 @@ def read(param: nnx.Variable, dtype: Any) -> Any:
     narrow = isinstance(value, jax.Array) and np.dtype(dtype).itemsize < value.dtype.itemsize
     if narrow:
         value = value.astype(dtype)
+    # What stands beside a weight, such as scales, has its dimensions, and never comes first.
+    (weight, *rest), tree = jax.tree.flatten(value)
     for dim, (name, axes) in enumerate(zip(param_axes(param), param_mesh_axes(param), strict=True)):
-        if live(*axes):
-            change = functools.partial(
-                _whole if name in GATHERED else _part, dim, axes, value.shape
-            )
-            value = jax.tree.map(change, value)
+        gathered = name in GATHERED
+        if gathered and whole:
+            weight = gather(weight, dim, *axes)
+        elif live(*axes):
+            here = weight.shape[dim]
+            rest = [_part(x, dim, axes, here, whole=gathered) for x in rest]
+    value = jax.tree.unflatten(tree, (weight, *rest))
     return value if narrow else value.astype(dtype)
 
 
-def _whole(dim: int, axes: tuple[str, ...], shape: tuple[int, ...], x: jax.Array) -> jax.Array:
-    """`x` made whole, if it is the weight; its scales are."""
-    return gather(x, dim, *axes) if x.shape == shape else x
+def _part(x: jax.Array, dim: int, axes: tuple[str, ...], here: int, *, whole: bool) -> jax.Array:
+    """Of `x`, beside a weight that has `here` rows in a shard, the part for these; see `beside`.
 
-
-def _part(dim: int, axes: tuple[str, ...], shape: tuple[int, ...], x: jax.Array) -> jax.Array:
-    """This shard's part of `x`, if it is scales that groups of the weight's rows share."""
-    here = shape[dim]
-    if x.shape[dim] in (1, here):
+    Along `dim` it has an entry for each row of this shard, or if `whole` of all, or fewer.
+    """
+    if x.shape[dim] == 1 or (x.shape[dim] == here and not whole):
         return x
     rows = jnp.repeat(x, here * size(*axes) // x.shape[dim], axis=dim)
     return jax.lax.dynamic_slice_in_dim(rows, index(*axes) * here, here, dim)

@@ -31,7 +31,7 @@ ROWS, LENGTH = 8, 64
 @pytest.fixture(autouse=True)
 def _plain_experts(monkeypatch):
     """On CPU experts loop over as many blocks as they have rows; here only what is sent counts."""
-    monkeypatch.setitem(experts._FASTEST, "cpu", "masked")
+    monkeypatch.setitem(experts._FASTEST, "cpu", "ragged")
 
 
 class Program(NamedTuple):
@@ -131,6 +131,45 @@ def test_expert_weights_never_travel_between_experts():
     assert weights == {(kind, (axis,)) for kind in kinds for axis in ("fsdp", "context")}
     assert any(x.kind == "all-to-all" and x.axes == ("expert",) for x in found)
     assert any(x.kind == "all-to-all" and not x.times for x in found)
+
+
+# --- Decoding ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "axes", "rules"),
+    [
+        ("llama4-scout", {"fsdp": 4, "tensor": 2}, sharding.SERVING),
+        ("llama4-scout", {"fsdp": 2, "expert": 2, "context": 2}, sharding.TRAINING),
+        ("llama4-maverick", {"fsdp": 2, "expert": 2, "tensor": 2}, sharding.SERVING),
+        ("llama3.1-8b", {"data": 2, "fsdp": 4}, sharding.SERVING),
+    ],
+)
+def test_decoding_sends_tokens_and_never_weights(name, axes, rules):
+    """All but the router's weight, which is small, are more than anything made of four tokens."""
+    config, rows = config_of(name), 4
+    with on(axes, rules):
+        model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+        graph, state = nnx.split(model)
+        state = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            state,
+            sharding.shardings(state),
+        )
+        cache = jax.eval_shape(lambda: model.empty_cache(rows, 64))
+        tokens = jax.ShapeDtypeStruct((rows, 1), np.int32)
+
+        def decode(state, tokens, cache):
+            model = nnx.merge(graph, state)
+            x, cache = model.extend(tokens, cache)
+            return model.logits(x), cache
+
+        program = compiled(jax.jit(decode).lower(state, tokens, cache))
+    tensor, d = axes.get("tensor", 1), config.embed_dim
+    weights = d * config.attention.num_kv_heads * config.attention.head_dim // tensor
+    logits = rows * config.vocab_size // tensor
+    router = {d * config.moe.num_experts} if config.moe else set()
+    sizes = {size for x in sent(program) if x.times for size in x.sizes}
+    assert max(sizes - router) <= logits
+    assert max(sizes - router - {logits, logits // 2, logits // 4}) < weights
 
 
 # --- Chunked attention ---------------------------------------------------------------------------

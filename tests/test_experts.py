@@ -19,7 +19,7 @@ SIZES = {
     "one row": [0, 0, 1],
     "one expert": [5],
 }
-IMPLEMENTATIONS = ("auto", "masked", "ragged", "blocks")
+IMPLEMENTATIONS = ("auto", "ragged", "blocks")
 
 
 def case(sizes):

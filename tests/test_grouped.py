@@ -67,7 +67,7 @@ def test_swiglu_equals_every_expert_on_every_row(name):
     assert not y[total:].any()
     assert not d_x[total:].any()
     expected = with_gradients(
-        lambda *a: experts.grouped_swiglu(*a, groups, implementation="masked"),
+        lambda *a: experts.grouped_swiglu(*a, groups, implementation="ragged"),
         (x[:total], *weights),
         weight[:total],
     )
@@ -113,7 +113,7 @@ def test_widths_beyond_one_tile(monkeypatch):
             weight[:total],
         ),
         with_gradients(
-            lambda *a: experts.grouped_swiglu(*a, groups, implementation="masked"),
+            lambda *a: experts.grouped_swiglu(*a, groups, implementation="ragged"),
             (x[:total], *weights),
             weight[:total],
         ),

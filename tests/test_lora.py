@@ -265,6 +265,21 @@ def test_a_mesh_takes_the_step_of_one_device(name, axes):
     close(found[1], gradients, 8e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "axes", "scheme"),
+    [("llama4-scout", MESHES[2], "int4"), ("llama3.2-1b", MESHES[0], None)],
+    ids=label,
+)
+def test_a_few_tokens_go_to_adapters_as_to_their_weights(name, axes, scheme):
+    tokens = tokens_of(config_of(name), length=2)
+    loss, gradients, after = step(adapted(name, scheme=scheme), tokens)
+    with sharding.use(sharding.make_mesh(**axes)):
+        found = step(placed(adapted(name, scheme=scheme)), tokens)
+    assert found[0] == pytest.approx(loss, rel=2e-6)
+    assert found[2] == pytest.approx(after, rel=2e-6)
+    close(found[1], gradients, 8e-6)
+
+
 @pytest.mark.parametrize("axes", [None, pytest.param(MESHES[0], marks=pytest.mark.slow)], ids=label)
 def test_unrolled_layers_take_the_step_of_stacked_ones(axes):
     loss, gradients, after = alone("llama4-scout")

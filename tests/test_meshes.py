@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from l4jax import presets, sharding
 from l4jax.config import Execution, MoE
 from l4jax.inference import generate
-from l4jax.kernels import cross_entropy, quantized
+from l4jax.kernels import cross_entropy
 from l4jax.models import exchange
 from l4jax.models.moe import Experts, Tiling
 from l4jax.models.sequence import split
@@ -155,6 +155,9 @@ STEPS = [
     ("llama3.1-8b", {"context": 8}, 72, False, "contiguous"),
     ("llama3.1-8b", {"data": 2, "context": 2, "tensor": 2}, 72, False, "balanced"),
     ("llama3.2-1b", {"data": 2, "fsdp": 2, "context": 2}, 72, True, "balanced"),
+    # So few tokens that they go to the weights; see `sharding.apart`.
+    ("llama4-scout", {"fsdp": 2, "expert": 4}, 2, False, ""),
+    ("llama4-maverick", {"fsdp": 2, "context": 2, "tensor": 2}, 4, False, "balanced cut"),
 ]
 
 
@@ -465,34 +468,3 @@ def test_cross_entropy_in_pieces_is_that_of_plain_logits(axes, tied, monkeypatch
         aimless = np.where(weights == 0, -1, labels)
         found = jax.jit(jax.value_and_grad(run, argnums=(0, 1)))(x, table, aimless)
     assert_near(found, expected)
-
-
-# --- Quantized weights ---------------------------------------------------------------------------
-def in_few_bits(model, scheme, group):
-    """The model, its routed experts quantized and placed on the current mesh."""
-    for block in model.layers:
-        for name in ("gate", "up", "down"):
-            param = getattr(block.ffn, name)
-            parts = quantized.quantize(np.asarray(param[...]), scheme, group=group)
-            setattr(block.ffn, name, param.replace(quantized.Quantized(*parts)))
-    graph, state = nnx.split(model)
-    return nnx.merge(graph, jax.device_put(state, sharding.shardings(state)))
-
-
-@pytest.mark.parametrize(("scheme", "group"), [("int8", 0), ("int4", 32)])
-def test_quantized_weights_give_the_same_logits_on_a_mesh(scheme, group):
-    """Experts are 96 wide, so that tensor=2 cuts the middle one of three groups."""
-    config, tokens = config_of("llama4-scout", 1), batch_of(24, packed=False)["tokens"]
-    expected = outputs(in_few_bits(placed(config), scheme, group), tokens).logits
-    with on({"tensor": 2, "fsdp": 2, "expert": 2}):
-        model = in_few_bits(placed(config), scheme, group)
-        gate = model.layers[0].ffn.gate[...].values
-        assert gate.dtype == scheme
-        assert gate.addressable_shards[0].data.size == gate.size // 8
-        assert_near(outputs(model, tokens).logits, expected)
-
-
-def test_groups_of_a_scale_that_a_shard_cannot_tell_from_rows_are_refused():
-    config = config_of("llama4-scout", 1)
-    with on({"tensor": 2}), pytest.raises(ValueError, match="tensor=2 is the size of .* groups"):
-        in_few_bits(placed(config), "int4", 2)

@@ -23,6 +23,7 @@ from l4jax.kernels.quantized import Quantized
 
 SCHEMES = ("int8", "int4", "fp8")
 GROUP = 8
+EXPERTS = ("*.ffn.gate", "*.ffn.up", "*.ffn.down")
 MULTIPLIED = ("*.attention.*", "*.shared.*")
 
 
@@ -125,6 +126,41 @@ def test_scales_belong_to_output_channels_and_groups_of_inputs():
 def test_what_cannot_be_quantized_is_named(change, patterns, scheme, group, words):
     with pytest.raises(ValueError, match=words):
         unchecked(change)(plain(), patterns, scheme, group=group)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group", "axes"),
+    [
+        ("int8", 0, {"tensor": 2, "fsdp": 2, "expert": 2}),
+        # Experts are 96 wide, so that tensor=2 cuts the middle one of three groups.
+        ("int4", 32, {"tensor": 2, "fsdp": 2, "expert": 2}),
+        # A shard has as many rows as there are groups.
+        ("int4", 8, {"fsdp": 8}),
+    ],
+)
+def test_quantized_experts_give_the_same_logits_on_a_mesh(scheme, group, axes):
+    model = quantization.quantize(plain(), EXPERTS, scheme, group=group)
+    tokens = tokens_of()
+    expected = np.asarray(forward(model, tokens))
+    with sharding.use(sharding.make_mesh(**axes)):
+        model = placed(model)
+        gate = model.layers[0].ffn.gate[...].values
+        assert gate.dtype == scheme
+        assert gate.addressable_shards[0].data.size == gate.size // 8
+        found = np.asarray(forward(model, tokens))
+        # So few tokens go to the weights, and each shard has its rows' own scales.
+        few = np.asarray(forward(model, tokens[:, :1]))
+    for one, other in ((found, expected), (few, expected[:, :1])):
+        assert np.abs(one - other).max() <= 4e-6 * np.abs(other).max()
+
+
+def test_groups_of_a_scale_that_a_shard_cannot_tell_from_rows_are_refused():
+    model = quantization.quantize(plain(), EXPERTS, "int4", group=2)
+    with (
+        sharding.use(sharding.make_mesh(tensor=2)),
+        pytest.raises(ValueError, match="tensor=2 is the size of .* groups"),
+    ):
+        placed(model)
 
 
 def test_groups_that_cross_heads_are_refused():

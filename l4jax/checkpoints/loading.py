@@ -12,6 +12,7 @@ from flax import nnx
 from l4jax import sharding
 from l4jax.checkpoints.arrays import stackable
 from l4jax.checkpoints.formats import SCALE, Source, Spec, outline, places_in
+from l4jax.checkpoints.orbax import of_scale
 from l4jax.checkpoints.rows import Joined, cast
 from l4jax.checkpoints.tables import Match
 from l4jax.config import Execution
@@ -57,7 +58,7 @@ def build(source: Source, *, dtype: str | None, execution: Execution | None) -> 
         first = next(iter(by_index.values()))
         if dtype is None and first + SCALE in source.arrays:
             scales = {index: name + SCALE for index, name in by_index.items()}
-            beside = sharding.of_scale(place, param.shape, arrays.outline(scales))
+            beside = of_scale(place, param.shape, arrays.outline(scales))
             return param.replace(
                 Quantized(arrays.placed(by_index, place), arrays.placed(scales, beside))
             )

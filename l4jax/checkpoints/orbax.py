@@ -107,7 +107,7 @@ def load(
                 SCALES: _abstract(
                     saved.scale,
                     saved.scale.dtype,
-                    sharding.of_scale(place, saved.shape, saved.scale),
+                    of_scale(place, saved.shape, saved.scale),
                 ),
             }
         else:
@@ -176,6 +176,16 @@ def save_parameters(model: Llama, place: Any) -> None:
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     with context:
         ocp.save(place, state)
+
+
+def of_scale(
+    place: jax.sharding.Sharding, shape: tuple[int, ...], scale: Any
+) -> jax.sharding.Sharding:
+    """Where the scales beside a quantized weight of this shape at `place` lie."""
+    if isinstance(place, jax.sharding.NamedSharding):
+        spec = sharding.beside(place.spec, shape, scale)
+        place = jax.sharding.NamedSharding(place.mesh, spec)
+    return place
 
 
 def _abstract(saved: Any, dtype: Any, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

@@ -186,12 +186,7 @@ def decode_reference(
 
 
 def _splash(
-    q: Array,
-    k: Array,
-    v: Array,
-    keys: Where | None,
-    chunk: int | None,
-    rows: Any,
+    q: Array, k: Array, v: Array, keys: Where | None, chunk: int | None, rows: Any
 ) -> Array:
     """The TPU kernel, which knows rows and groups, but no positions."""
     splash_attention = on_tpu("splash").splash_attention
@@ -245,14 +240,15 @@ def _fold(
 ) -> Float[Array, "b t n h"]:
     """Chunked attention of rows that start at position 0: every chunk becomes a row."""
     b, t = q.shape[:2]
-    chunks = -(-t // chunk)
+    q, k, v = (_cut(x, chunk).reshape(-1, chunk, *x.shape[2:]) for x in (q, k, v))
+    return self_attention(q, k, v).reshape(b, -1, *q.shape[2:])[:, :t]
 
-    def fold(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, chunks * chunk - t), (0, 0), (0, 0)))
-        return x.reshape(b * chunks, chunk, *x.shape[2:])
 
-    out = self_attention(fold(q), fold(k), fold(v))
-    return out.reshape(b, chunks * chunk, *q.shape[2:])[:, :t]
+def _cut(x: Array, width: int, fill: int = 0) -> Array:
+    """[b t …] → [b blocks w …], padded at the end."""
+    padding = ((0, 0), (0, -x.shape[1] % width)) + ((0, 0),) * (x.ndim - 2)
+    x = jnp.pad(x, padding, constant_values=fill)
+    return x.reshape(x.shape[0], -1, width, *x.shape[2:])
 
 
 def _pairs(
@@ -264,31 +260,22 @@ def _pairs(
 ) -> Float[Array, "b t n h"]:
     """Chunked attention from any positions: `chunk` queries meet theirs and the `chunk` before."""
     b, t = q.shape[:2]
-    blocks = -(-t // chunk)
 
     def fold(x: Array, fill: int = 0, *, before: bool = False) -> Array:
         """[b t …] → [b·blocks c …], or with the block before [b·blocks 2·c …]."""
-        rest = ((0, 0),) * (x.ndim - 2)
-        x = jnp.pad(x, ((0, 0), (0, blocks * chunk - t), *rest), constant_values=fill)
-        x = x.reshape(b, blocks, chunk, *x.shape[2:])
+        x = _cut(x, chunk, fill)
         if before:
-            shifted = jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0), *rest), constant_values=fill)
+            shifted = jnp.roll(x, 1, axis=1).at[:, 0].set(fill)
             x = jnp.concatenate([shifted, x], axis=2)
-        return x.reshape(b * blocks, *x.shape[2:])
+        return x.reshape(-1, *x.shape[2:])
 
     def place(*, before: bool) -> Where:
         segments = None if where.segments is None else fold(where.segments, before=before)
         return Where(fold(where.positions, -1, before=before), segments)
 
-    out = cross_attention(
-        fold(q),
-        fold(k, before=True),
-        fold(v, before=True),
-        place(before=False),
-        place(before=True),
-        chunk=chunk,
-    )
-    return out.reshape(b, blocks * chunk, *q.shape[2:])[:, :t]
+    k, v = fold(k, before=True), fold(v, before=True)
+    out = cross_attention(fold(q), k, v, place(before=False), place(before=True), chunk=chunk)
+    return out.reshape(b, -1, *q.shape[2:])[:, :t]
 
 
 def _triangle(
@@ -327,20 +314,17 @@ def _blockwise(
     """
     b, t, n, h = q.shape
     kv = k.shape[2]
-    blocks = -(-t // BLOCK)
 
     def cut(x: Array, fill: int = 0) -> Array:
-        """[b t …] → [blocks b w …], padded at the end."""
-        padding = ((0, 0), (0, -x.shape[1] % BLOCK)) + ((0, 0),) * (x.ndim - 2)
-        x = jnp.pad(x, padding, constant_values=fill)
-        return jnp.moveaxis(x.reshape(b, -1, BLOCK, *x.shape[2:]), 1, 0)
+        """[b t …] → [blocks b w …]."""
+        return jnp.moveaxis(_cut(x, BLOCK, fill), 1, 0)
 
     at, to = (_Ranks(cut(r.positions, -1), cut(r.groups)) for r in ranks)
-    padded = jnp.pad(rows, (0, -t % BLOCK), mode="edge").reshape(blocks, BLOCK)
+    padded = jnp.pad(rows, (0, -t % BLOCK), mode="edge").reshape(-1, BLOCK)
     # The blocks of keys that a block of queries needs: from its first row's to its last one's.
     bounds = jnp.maximum(padded.min(1) - back, 0) // BLOCK, padded.max(1) // BLOCK + 1
     out = _flash(cut(q.reshape(b, t, kv, n // kv, h)), cut(k), cut(v), at, to, bounds)
-    return jnp.moveaxis(out, 0, 1).reshape(b, blocks * BLOCK, n, h)[:, :t]
+    return jnp.moveaxis(out, 0, 1).reshape(b, -1, n, h)[:, :t]
 
 
 @jax.custom_vjp

@@ -1,9 +1,8 @@
 """Every token through its own expert: SwiGLU over rows sorted by expert.
 
-One entry point, `grouped_swiglu`, with four implementations that agree:
+One entry point, `grouped_swiglu`, with three implementations that agree:
 
-- "masked": every expert on every row, the others' rows masked out. The definition; O(rows · e).
-- "ragged": `jax.lax.ragged_dot`, for GPUs (on CPU as slow as masked).
+- "ragged": `jax.lax.ragged_dot`, the definition; for GPUs (on CPU O(rows · e)).
 - "tpu": the grouped products of `kernels.tpu.grouped`.
 - "blocks": for CPU: one loop over the blocks of rows that the experts really have, so that an
   expert without rows is not even read. From one row (decoding) to thousands (training).
@@ -13,7 +12,6 @@ Letters: see `models.layers`; m rows, that is tokens times experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -23,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from l4jax import sharding
 from l4jax.kernels import on_tpu
 
-Implementation = Literal["auto", "masked", "ragged", "tpu", "blocks"]
+Implementation = Literal["auto", "ragged", "tpu", "blocks"]
 _FASTEST: dict[str, Implementation] = {"cpu": "blocks", "tpu": "tpu"}
 BLOCK = 128
 """Most rows per matrix product of the "blocks" implementation."""
@@ -37,39 +35,25 @@ def grouped_swiglu(
     group_sizes: Int[Array, " e"],
     *,
     implementation: Implementation = "auto",
+    axes: tuple[str, ...] = (),
 ) -> Float[Array, "m d"]:
     """down(silu(gate(x)) · up(x)) with each row's own expert.
 
     Rows are sorted by expert: the first `group_sizes[0]` belong to expert 0, and so on. Dropless:
     any sizes are right, 0 among them. They add up to m or less; the rows behind give 0.
+
+    With `axes`, x and the weights have this shard's part of d along these mesh axes.
     """
     if implementation == "auto":
         implementation = _FASTEST.get(sharding.platform(), "ragged")
-    implementations: dict[str, Callable[..., Array]] = {
-        "masked": _masked,
-        "ragged": _ragged,
-        "tpu": lambda *args: on_tpu("grouped").grouped_swiglu_tpu(*args),
-        "blocks": _blocks,
-    }
-    return implementations[implementation](x, gate, up, down, group_sizes)
-
-
-def _masked(x: Array, gate: Array, up: Array, down: Array, group_sizes: Array) -> Array:
-    ends = jnp.cumsum(group_sizes)
-    rows = jnp.arange(x.shape[0])
-
-    def expert(y: Array, weights: tuple[Array, ...]) -> tuple[Array, None]:
-        g, u, d, end, size = weights
-        mine = (rows < end) & (rows >= end - size)
-        return jnp.where(mine[:, None], (jax.nn.silu(x @ g) * (x @ u)) @ d, y), None
-
-    return jax.lax.scan(expert, jnp.zeros_like(x), (gate, up, down, ends, group_sizes))[0]
-
-
-def _ragged(x: Array, gate: Array, up: Array, down: Array, group_sizes: Array) -> Array:
-    hidden = jax.nn.silu(jax.lax.ragged_dot(x, gate, group_sizes))
-    hidden *= jax.lax.ragged_dot(x, up, group_sizes)
-    return jax.lax.ragged_dot(hidden, down, group_sizes)
+    if axes or implementation == "ragged":
+        tpu = implementation == "tpu"
+        product = on_tpu("grouped").grouped_matmul if tpu else jax.lax.ragged_dot
+        gated, lifted = (sharding.total(product(x, w, group_sizes), *axes) for w in (gate, up))
+        return product(jax.nn.silu(gated) * lifted, down, group_sizes)
+    swiglu = on_tpu("grouped").grouped_swiglu_tpu if implementation == "tpu" else _blocks
+    y: Array = swiglu(x, gate, up, down, group_sizes)
+    return y
 
 
 @jax.custom_vjp

@@ -129,17 +129,23 @@ class Attention(nnx.Module):
         else:
             out, cache = _cached(q, new, cache, step, chunk, layer)
         # Two-dimensional products: XLA copies a three-dimensional weight first on CPU.
-        o = read(self.o, x.dtype)
-        out = out.reshape(*x.shape[:2], -1) @ o.reshape(-1, x.shape[2])
+        axes = sharding.apart(self.o, x)
+        o = read(self.o, x.dtype, whole=not axes)
+        out = sharding.gather(out.reshape(*x.shape[:2], -1), 0, *axes)
+        out = sharding.exchange(out @ o.reshape(-1, o.shape[-1]), 0, 2, *axes)
         return total(out, "tensor"), cache
 
     def _project(
         self, x: Float[Array, "b t d"], tokens: Tokens
     ) -> tuple[Float[Array, "b t n h"], KeyValues]:
         """Queries, scaled, and keys and values, as the softmax wants them."""
-        weights = (read(w, x.dtype) for w in (self.q, self.k, self.v))
+        b, t, _ = x.shape
+        axes = sharding.apart(self.q, x)
+        weights = (read(w, x.dtype, whole=not axes) for w in (self.q, self.k, self.v))
+        x = sharding.exchange(x, 2, 0, *axes)
         q, k, v = (
-            (x @ w.reshape(w.shape[0], -1)).reshape(*x.shape[:2], *w.shape[1:]) for w in weights
+            sharding.scatter(x @ w.reshape(w.shape[0], -1), 0, *axes).reshape(b, t, *w.shape[1:])
+            for w in weights
         )
         scale = self.config.head_dim**-0.5
         if self.kind == "global":

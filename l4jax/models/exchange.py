@@ -68,6 +68,7 @@ def through_experts(
     num_experts: int,
     *,
     replicated: bool = False,
+    axes: tuple[str, ...] = (),
 ) -> Float[Array, "m d"]:
     """Each row through its own expert: SwiGLU of `kernels.experts`; rows assigned to none give 0.
 
@@ -78,12 +79,14 @@ def through_experts(
         num_experts: of all shards.
         replicated: every shard of the expert axis has the same rows. Each does its own experts'
             share, and the results are added up.
+        axes: mesh axes that the weights' d is cut over; see `sharding.apart`. Rows are then so few
+            that every shard gets all of them, and does its experts' and its columns' share.
     """
+    if axes or replicated:
+        return _everywhere(x, weights, experts, () if replicated else (AXIS,), axes)
     shards = sharding.size(AXIS)
     if shards == 1:
         return _own(x, weights, by_group(experts, num_experts))
-    if replicated:
-        return _share(x, weights, experts)
     rows = _round_rows(x.shape[0], shards)
     to = by_group(experts, num_experts)
     return _exchanged(x, weights, _Trip(experts, to, _routes(to, rows)), rows)
@@ -96,18 +99,26 @@ def _round_rows(rows: int, shards: int) -> int:
     return min(rows, -(-max(even, FEW) // 8) * 8)
 
 
-def _own(x: Array, weights: Weights, to: Sorted) -> Array:
+def _own(x: Array, weights: Weights, to: Sorted, axes: tuple[str, ...] = ()) -> Array:
     """Rows through experts that are all here: sorted, multiplied, put back."""
-    y = grouped_swiglu(_take(x, to.order, to.place), *weights, to.sizes)
+    y = grouped_swiglu(_take(x, to.order, to.place), *weights, to.sizes, axes=axes)
     return _take(y, to.place, to.order)
 
 
-def _share(x: Array, weights: Weights, experts: Array) -> Array:
-    """Rows that every shard has, each shard doing its own experts' share."""
+def _everywhere(
+    x: Array, weights: Weights, experts: Array, others: tuple[str, ...], axes: tuple[str, ...]
+) -> Array:
+    """Rows of all shards along `others` and `axes`, each shard doing its experts' share of them.
+
+    Along `axes`, which cut d, they change places: each shard gets its columns of all rows.
+    """
+    x, experts = (sharding.gather(rows, 0, *others) for rows in (x, experts))
+    x, experts = sharding.exchange(x, 1, 0, *axes), sharding.gather(experts, 0, *axes)
     here = weights[0].shape[0]
     local = experts - sharding.index(AXIS) * here
     to = by_group(jnp.where(local < 0, here, local), here)
-    return sharding.total(_own(x, weights, to), AXIS)
+    y = sharding.exchange(_own(x, weights, to, axes), 0, 1, *axes)
+    return sharding.scatter(y, 0, *others) if others else sharding.total(y, AXIS)
 
 
 class _Routes(NamedTuple):

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from l4jax.config import Rope
-from l4jax.sharding import read, total
+from l4jax.sharding import apart, exchange, read, total
 
 
 def weight(
@@ -58,8 +58,12 @@ class SwiGLU(nnx.Module):
 
     def part(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """What this shard's part of the hidden width adds to the output."""
-        gate, up, down = (read(w, x.dtype) for w in (self.gate, self.up, self.down))
-        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+        axes = apart(self.gate, x)
+        gate, up, down = (read(w, x.dtype, whole=not axes) for w in (self.gate, self.up, self.down))
+        last = x.ndim - 1
+        x = exchange(x, last, 0, *axes)
+        hidden = jax.nn.silu(total(x @ gate, *axes)) * total(x @ up, *axes)
+        return exchange(hidden @ down, 0, last, *axes)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:

@@ -76,14 +76,6 @@ class Fused(NamedTuple):
 Ids = Ints | Fused
 
 
-class Added(NamedTuple):
-    """What a cached pass adds: `counts` tokens of each row, to a cache that is empty if `fresh`."""
-
-    counts: Array
-    fresh: bool
-    slots: Slots
-
-
 class How(NamedTuple):
     """What every layer of a pass is told, beside its tokens.
 
@@ -241,10 +233,15 @@ class Llama(nnx.Module):
 
     def logits(self, x: Float[Array, "*b d"]) -> Float32[Array, "*b v"]:
         """Float32 logits of final hidden states."""
-        # Gathered along its input, so that logits are never summed over shards.
+        # Gathered along its input, so that logits are never summed over shards; few tokens are cut
+        # along it instead, as in `sharding.apart`.
+        few = 2 * x.size <= x.shape[-1] ** 2
         head = self.embed[...].T if self.head is None else self.head[...]
-        head = constrain(head.astype(x.dtype), None, "vocab")
-        return jnp.einsum("...d,dv->...v", self.norm(x), head, preferred_element_type=jnp.float32)
+        head = constrain(head.astype(x.dtype), "embed" if few else None, "vocab")
+        x = self.norm(x)
+        if few:
+            x = constrain(x, *[None] * (x.ndim - 1), "embed")
+        return jnp.einsum("...d,dv->...v", x, head, preferred_element_type=jnp.float32)
 
     def _extend(
         self, tokens: Ids, cache: Cache, counts: Array | None, *, fresh: bool
@@ -252,8 +249,8 @@ class Llama(nnx.Module):
         b, t = tokens.shape
         counts = jnp.full((b,), t, jnp.int32) if counts is None else counts
         positions = cache.lengths[:, None] + jnp.arange(t, dtype=jnp.int32)
-        added = Added(counts, fresh, _slots(cache))
-        x, cache, _ = self._decode(tokens, positions, None, cache, added)
+        step = Step(cache.lengths, counts, fresh, _slots(cache))
+        x, cache, _ = self._decode(tokens, positions, None, cache, step)
         return x, cache
 
     def _decode(
@@ -262,14 +259,14 @@ class Llama(nnx.Module):
         positions: Array,
         where: Where | None,
         cache: Cache | None = None,
-        added: Added | None = None,
+        step: Step | None = None,
     ) -> tuple[Array, Any, Routing | None]:
         """Hidden states before the final norm, the cache and every layer's routing, on any mesh."""
         sharding.check(self.config, jax.sharding.get_abstract_mesh().shape)
         ids, features = tokens if isinstance(tokens, Fused) else (tokens, None)
         rows, _ = sharding.token_axes(ids.shape[0])
         # Tokens that follow a cache meet it where it lies, so they are not cut.
-        follows = added is not None and not added.fresh
+        follows = step is not None and not step.fresh
         # Capacity is for the first tokens of a row, so its shards must lie in their order.
         in_order = self.execution.capacity is not None
         cut = None if follows else split(self.config, ids.shape[1], in_order=in_order)
@@ -280,7 +277,7 @@ class Llama(nnx.Module):
         graph, state = nnx.split((self.embed, self.layers, self.tail))
 
         def shard(state: nnx.State, *arrays: Any) -> tuple:
-            return self._shard(nnx.merge(graph, state), arrays, added, cut, tiling)
+            return self._shard(nnx.merge(graph, state), arrays, step, cut, tiling)
 
         row = PartitionSpec(rows or None)
         token = PartitionSpec(*row, *tiling.tokens)
@@ -290,18 +287,18 @@ class Llama(nnx.Module):
             (sharding.specs(state), token, sharding.spec(None, "embed"), token, token, place, row),
             (token, place, PartitionSpec()),
         )
-        return run(state, ids, features, positions, where, cache, added and added.counts)
+        return run(state, ids, features, positions, where, cache, step and step.counts)
 
     def _shard(
-        self, modules: tuple, arrays: tuple, added: Added | None, cut: Split | None, tiling: Tiling
+        self, modules: tuple, arrays: tuple, step: Step | None, cut: Split | None, tiling: Tiling
     ) -> tuple[Array, Any, Routing | None]:
         """`_decode` on one shard: its part of the arrays, and of these modules' parameters."""
         (embed, layers, tail), (ids, features, positions, where, cache, counts) = modules, arrays
         x = lookup(embed, ids, self.config.vocab_size, self.execution.dtype, features)
         tokens = describe(self.config, positions, where, cut)
         how = How(tiling, capacity=self.execution.capacity)
-        if added is not None:
-            how = How(tiling, Step(cache.lengths, counts, added.fresh, added.slots))
+        if step is not None:
+            how = How(tiling, step._replace(lengths=cache.lengths, counts=counts))
 
         def layer(block: Block, x: Array, cache: KeyValues | None, number: Array | None) -> tuple:
             return block(checkpoint_name(x, LAYER_INPUT), tokens, cache, how, number)

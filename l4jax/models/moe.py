@@ -78,9 +78,9 @@ class Experts(nnx.Module):
         if capacity is not None:
             kept = _within(experts.reshape(b, t * k), e, capacity, tiling.tokens)
         chosen = jnp.where(kept.reshape(-1), experts.reshape(-1), e)
-        weights = read(self.gate, x.dtype), read(self.up, x.dtype), read(self.down, x.dtype)
-        copies = "expert" not in tiling.rows
-        routed = through_experts(scaled, weights, chosen, e, replicated=copies)
+        axes, copies = sharding.apart(self.gate, scaled), "expert" not in tiling.rows
+        gate, up, down = (read(w, x.dtype, whole=not axes) for w in (self.gate, self.up, self.down))
+        routed = through_experts(scaled, (gate, up, down), chosen, e, replicated=copies, axes=axes)
         y = routed.reshape(b, t, k, d).sum(2)
         if self.shared is not None:
             y += self.shared.part(x)

@@ -201,6 +201,8 @@ def estimate(
     hold = _memory(config, work, sizes, remat)
     generation, slices = topology.generation, topology.slices
     operations = _operations(config, work, sizes, remat) / math.prod(sizes.values())
+    if work.task == "decode":
+        operations *= sizes["context"]  # whose shards all have the same tokens
     ici, dcn = _wire(config, work, sizes, remat, slices)
     link = generation.link_bandwidth * 2 / generation.devices_per_chip
     read = hold.weights if work.trains else hold.weights + hold.cache
@@ -218,6 +220,8 @@ def estimate(
 
 _LATENCY = 5e-6
 """Seconds that a collective of few bytes takes: matters to decoding only."""
+_MEETINGS = 8
+"""Collectives of a layer whose few tokens go to its weights; see `sharding.apart`."""
 _UNHIDDEN = 0.25
 """Part of the shorter times that the longest one does not hide: our guess, which tells apart what
 would be equal otherwise."""
@@ -249,7 +253,11 @@ def _memory(config: TextConfig, work: Work, sizes: Sizes, remat: Remat) -> _Held
             cache *= _padding(config)
         if work.task == "teach":
             cache = 0.0
-        passing = 8 * tokens * config.embed_dim + 2 * 2 * layer + _patches(work, sizes, "full")
+        passing = 8 * tokens * config.embed_dim + _patches(work, sizes, "full")
+        if _stationary(config, work, sizes):
+            passing += work.weight_bytes * _relaid(config, sizes, spread[1]) * experts / spread[1]
+        else:
+            passing += 2 * 2 * layer
         return _Held(work.weight_bytes * held, 0.0, cache, passing)
     widths = _kept_widths(config, remat)
     kept = 2 * tokens * (config.num_layers * (config.embed_dim + widths / tensor))
@@ -298,6 +306,20 @@ def _padding(config: TextConfig) -> float:
     width = config.attention.head_dim
     lanes = -(-width // 128) * 128
     return 1.0 if lanes == width else 1.0 + lanes / width
+
+
+def _relaid(config: TextConfig, sizes: Sizes, spread: int) -> float:
+    """Part of the routed experts' weights that decoding holds twice.
+
+    A TPU's own layout of a matrix has the side along its lanes that fills them; grouped products
+    want the last one there, and the compiler copies what differs before it decodes.
+    """
+    if config.moe is None:
+        return 0.0
+    fills = [
+        n % 128 == 0 for n in (config.embed_dim / spread, config.moe.mlp_dim / sizes["tensor"])
+    ]
+    return {(True, False): 2 / 3, (False, True): 1 / 3}.get((fills[0], fills[1]), 0.0)
 
 
 def _kept_widths(config: TextConfig, remat: Remat) -> float:
@@ -373,6 +395,11 @@ def _wire(
     spread = _product(sizes, *work.rules["embed"]), _product(sizes, *work.rules["expert_embed"])
     ici = passes * weight * (others * (1 - 1 / spread[0]) + experts * (1 - 1 / spread[1]))
     tokens = work.tokens / _product(sizes, *sharding.BATCH, "context")
+    if _stationary(config, work, sizes):
+        # Each layer sends its inputs and outputs twice, and what its products make of all rows.
+        met = 4 * config.embed_dim + 2 * spread[0] * _widths(config) / tensor
+        mine = max(1, work.batch / _product(sizes, *sharding.BATCH))
+        ici = config.num_layers * 2 * mine * met * (1 - 1 / spread[0])
     again = 1 if not work.trains else 2 if remat in ("none", "dots") else 3
     routed = sum(layer.ffn == "moe" for layer in config.layers)
     per_token = 2 * config.embed_dim * tokens * again
@@ -385,7 +412,11 @@ def _wire(
     alone = a.chunk_size is not None and work.length // context % a.chunk_size == 0
     seen = sum(not (alone and layer.attention == "chunked") for layer in config.layers)
     keys = 2 * 2 * a.num_kv_heads * a.head_dim * tokens / tensor
-    if work.task != "decode":
+    if work.task == "decode":
+        # Shards of a cache add up their attention, in float32, both ways.
+        mine = max(1, work.batch / _product(sizes, *sharding.BATCH))
+        ici += config.num_layers * 2 * 4 * mine * a.num_heads * a.head_dim / tensor * (context > 1)
+    else:
         ici += seen * keys * (context - 1) * again
     replicas = sizes["data"]
     gradient = 2 * 2 * (1 - 1 / replicas) * (others / spread[0] + experts / spread[1])
@@ -394,10 +425,23 @@ def _wire(
     return (ici, gradient) if slices > 1 else (ici + gradient, 0.0)
 
 
+def _stationary(config: TextConfig, work: Work, sizes: Sizes) -> bool:
+    """Whether tokens go to the weights instead of weights to them; see `sharding.apart`."""
+    if work.task != "decode":
+        return False
+    split = _product(sizes, *sharding.BATCH)
+    rows = max(1, work.batch // split) * _product(sizes, *work.rules["embed"])
+    return 2 * rows <= config.embed_dim
+
+
 def _exchanges(config: TextConfig, sizes: Sizes) -> int:
     """Collectives that each token waits for."""
     routed = sum(layer.ffn == "moe" for layer in config.layers)
-    axes = (("tensor", 2 * config.num_layers), ("expert", 2 * routed), ("fsdp", config.num_layers))
+    axes = (
+        ("tensor", 2 * config.num_layers),
+        ("expert", 2 * routed),
+        ("fsdp", _MEETINGS * config.num_layers),
+    )
     return sum(n for axis, n in axes if sizes[axis] > 1)
 
 
