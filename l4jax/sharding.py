@@ -48,7 +48,7 @@ TRAINING: Rules = {
 """Every parameter lies on as many devices as hold different tokens, whatever those differ in."""
 
 SERVING: Rules = {**TRAINING, "embed": ("fsdp",), "expert_embed": ("fsdp",)}
-"""Only `fsdp` gathers weights, for prompts: what a decode step reads lies where it is used."""
+"""Only `fsdp` gathers weights, for many tokens: what a decode step reads lies where it is used."""
 
 GATHERED = ("embed", "expert_embed")
 """Dimensions that `read` makes whole; along all others a shard computes with its own part."""
@@ -195,17 +195,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if empty else jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
-def specs(state: nnx.State) -> nnx.State:
+def specs(state: T) -> T:
     """The layout of every array in `state`, in the same tree."""
 
     def place(param: nnx.Variable) -> nnx.Variable:
         value, whole = param.get_raw_value(), spec(*param_axes(param))
-        return param.replace(
-            jax.tree.map(
-                lambda x: whole if x.shape == value.shape else beside(whole, value.shape, x),
-                value,
-            )
-        )
+        # What stands beside a weight, such as scales, never comes first.
+        (_, *rest), tree = jax.tree.flatten(value)
+        places = (beside(whole, value.shape, x) for x in rest)
+        return param.replace(jax.tree.unflatten(tree, (whole, *places)))
 
     return jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
@@ -320,15 +318,20 @@ def exchange(x: jax.Array, split: int, join: int, *axes: str) -> jax.Array:
     return jax.lax.all_to_all(x, here, split, join, tiled=True) if here else x
 
 
-def apart(param: nnx.Variable, x: jax.Array) -> tuple[str, ...]:
-    """The axes along which a weight stays cut because `x` [b … d] is less to send than it, if so.
+def apart(param: nnx.Variable, x: jax.Array, *also: str) -> tuple[str, ...]:
+    """The axes along which a weight is left cut, if tokens `x` [… d] are less to send than it.
 
-    Few tokens go to the weight, each shard multiplying its part of the width of all shards' rows:
-    what is decoded never waits for weights (Pope et al. 2022, section 3.2.2).
+    Then each shard multiplies its columns of all shards' tokens, also of those along `also`, and
+    decoding waits for no weight (Pope et al. 2022, section 3.2.2). A sum over shards sends twice
+    each token's width of a product; gathering the weight, d times that of every expert.
     """
-    names = zip(param_axes(param), param_mesh_axes(param), strict=True)
-    axes = live(*next(axes for name, axes in names if name in GATHERED))
-    return axes if 2 * x.size * size(*axes) <= x.shape[-1] ** 2 else ()
+    places = dict(zip(param_axes(param), param_mesh_axes(param), strict=True))
+    axes = live(*next(axes for name, axes in places.items() if name in GATHERED))
+    weight, d = jax.tree.leaves(param[...])[0], x.shape[-1]
+    rows = x.size // d * size(*axes, *also)
+    experts = weight.shape[0] if "experts" in places else 1
+    narrow = min(weight.dtype.itemsize, x.dtype.itemsize)
+    return axes if 2 * rows * x.dtype.itemsize <= d * experts * narrow else ()
 
 
 def read(param: nnx.Variable, dtype: Any, *, whole: bool = True) -> Any:
@@ -340,7 +343,6 @@ def read(param: nnx.Variable, dtype: Any, *, whole: bool = True) -> Any:
     narrow = isinstance(value, jax.Array) and np.dtype(dtype).itemsize < value.dtype.itemsize
     if narrow:
         value = value.astype(dtype)
-    # What stands beside a weight, such as scales, has its dimensions, and never comes first.
     (weight, *rest), tree = jax.tree.flatten(value)
     for dim, (name, axes) in enumerate(zip(param_axes(param), param_mesh_axes(param), strict=True)):
         gathered = name in GATHERED

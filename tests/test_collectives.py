@@ -141,11 +141,12 @@ def test_expert_weights_never_travel_between_experts():
         ("llama4-scout", {"fsdp": 2, "expert": 2, "context": 2}, sharding.TRAINING),
         ("llama4-maverick", {"fsdp": 2, "expert": 2, "tensor": 2}, sharding.SERVING),
         ("llama3.1-8b", {"data": 2, "fsdp": 4}, sharding.SERVING),
+        ("llama3.1-8b", {"data": 8}, sharding.SERVING),
     ],
 )
 def test_decoding_sends_tokens_and_never_weights(name, axes, rules):
-    """All but the router's weight, which is small, are more than anything made of four tokens."""
-    config, rows = config_of(name), 4
+    """All but the router's, which is small, are more than anything made of eight tokens."""
+    config, rows = config_of(name), 8
     with on(axes, rules):
         model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
         graph, state = nnx.split(model)
@@ -163,13 +164,18 @@ def test_decoding_sends_tokens_and_never_weights(name, axes, rules):
             return model.logits(x), cache
 
         program = compiled(jax.jit(decode).lower(state, tokens, cache))
-    tensor, d = axes.get("tensor", 1), config.embed_dim
-    weights = d * config.attention.num_kv_heads * config.attention.head_dim // tensor
-    logits = rows * config.vocab_size // tensor
+    # Sums over shards, of some shards' tokens or of all; shards along context have the same ones.
+    data, tensor, d = axes.get("data", 1), axes.get("tensor", 1), config.embed_dim
+    hidden = max(config.mlp_dim, config.moe.mlp_dim if config.moe else 0)
+    met = rows // data * axes.get("context", 1)
+    sums = {met * config.vocab_size // tensor, met * hidden // tensor}
     router = {d * config.moe.num_experts} if config.moe else set()
-    sizes = {size for x in sent(program) if x.times for size in x.sizes}
-    assert max(sizes - router) <= logits
-    assert max(sizes - router - {logits, logits // 2, logits // 4}) < weights
+    sizes = {size for x in sent(program) if x.times for size in x.sizes} - router
+    assert sizes or data == 8
+    assert max(sizes, default=0) <= max(sums) < d * config.vocab_size // tensor
+    others = sizes - {n // parts for n in sums for parts in (1, 2, 4, 8)}
+    kv = config.attention.num_kv_heads * config.attention.head_dim
+    assert max(others, default=0) < d * kv // tensor
 
 
 # --- Chunked attention ---------------------------------------------------------------------------

@@ -85,6 +85,8 @@ def test_only_data_crosses_slices():
         (DENSE, "v5p:2x2x1", work(batch=4), "fsdp=4"),
         (SCOUT, "v6e:16x16", work(batch=256), "fsdp=16,expert=16"),
         (SCOUT, "v6e:4x4", work("decode", 16), "fsdp=2,tensor=8"),
+        # A larger fsdp would hold copies of four rows.
+        (SCOUT, "v5p:4x4x4", work("decode", 4, 2**20), "fsdp=4,context=2,tensor=8"),
     ],
 )
 def test_the_recommended_mesh_is_the_one_that_arithmetic_prefers(config, topology, job, mesh):

@@ -134,8 +134,9 @@ def test_what_cannot_be_quantized_is_named(change, patterns, scheme, group, word
         ("int8", 0, {"tensor": 2, "fsdp": 2, "expert": 2}),
         # Experts are 96 wide, so that tensor=2 cuts the middle one of three groups.
         ("int4", 32, {"tensor": 2, "fsdp": 2, "expert": 2}),
-        # A shard has as many rows as there are groups.
+        # A shard has as many rows as there are groups, and each row is one.
         ("int4", 8, {"fsdp": 8}),
+        ("int4", 1, {"fsdp": 4, "tensor": 2}),
     ],
 )
 def test_quantized_experts_give_the_same_logits_on_a_mesh(scheme, group, axes):

@@ -54,6 +54,24 @@ def test_rows_are_made_once_for_the_same_code(few, tmp_path, capsys, monkeypatch
     assert len(few) == 5
 
 
+def test_what_does_not_fit_is_planned_with_fewer_sequences(few, tmp_path, monkeypatch):
+    made = plans._made
+
+    def large(command):
+        found = made(command)
+        if "--batch" in command:
+            return found | {"batch": 8}
+        advice = ["--seq 2048", "--batch 8 --mesh fsdp=2,tensor=2"]
+        return found | {"fits": False, "advice": advice}
+
+    monkeypatch.setattr(plans, "_made", large)
+    plans.main(["--only", "2x2x1_"], tmp_path)
+    assert few[1][-5:] == ["--batch", "8", "--mesh", "fsdp=2,tensor=2", "--json"]
+    text = (tmp_path / "README.md").read_text()
+    assert "| llama3.1-8b | v5p:2x2x1 | train | fsdp=4 | full | 1.0 of 2.0: does not fit |" in text
+    assert "| llama3.1-8b | v5p:2x2x1 | train, batch 8 | fsdp=4 | full | 1.0 of 2.0 | 3 |" in text
+
+
 def test_rows_can_be_listed_and_must_exist(few, tmp_path, capsys):
     assert plans.main(["--list"], tmp_path) == 0
     assert capsys.readouterr().out.splitlines()[0] == (

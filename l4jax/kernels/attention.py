@@ -181,8 +181,7 @@ def decode_reference(
     log_total = jax.nn.logsumexp(scores, axis=-1)
     weights = jnp.where(seen, jnp.exp(scores - log_total[..., None]), 0)
     out = jnp.einsum("bkgs,bskh->bkgh", weights.astype(v.dtype), v)
-    none = counts[:, None] == 0
-    return out.reshape(b, n, h), jnp.where(none, _HIDDEN, log_total.reshape(b, n))
+    return out.reshape(b, n, h), jnp.where(counts[:, None], log_total.reshape(b, n), _HIDDEN)
 
 
 def _splash(

@@ -128,10 +128,10 @@ class Attention(nnx.Module):
             cache = write(cache, whole, step.lengths, step.counts, step.slots, layer)
         else:
             out, cache = _cached(q, new, cache, step, chunk, layer)
-        # Two-dimensional products: XLA copies a three-dimensional weight first on CPU.
         axes = sharding.apart(self.o, x)
         o = read(self.o, x.dtype, whole=not axes)
         out = sharding.gather(out.reshape(*x.shape[:2], -1), 0, *axes)
+        # Two-dimensional products: XLA copies a three-dimensional weight first on CPU.
         out = sharding.exchange(out @ o.reshape(-1, o.shape[-1]), 0, 2, *axes)
         return total(out, "tensor"), cache
 

@@ -79,8 +79,7 @@ def through_experts(
         num_experts: of all shards.
         replicated: every shard of the expert axis has the same rows. Each does its own experts'
             share, and the results are added up.
-        axes: mesh axes that the weights' d is cut over; see `sharding.apart`. Rows are then so few
-            that every shard gets all of them, and does its experts' and its columns' share.
+        axes: mesh axes that cut the weights' d; see `sharding.apart`. All shards then get all rows.
     """
     if axes or replicated:
         return _everywhere(x, weights, experts, () if replicated else (AXIS,), axes)
@@ -108,10 +107,8 @@ def _own(x: Array, weights: Weights, to: Sorted, axes: tuple[str, ...] = ()) -> 
 def _everywhere(
     x: Array, weights: Weights, experts: Array, others: tuple[str, ...], axes: tuple[str, ...]
 ) -> Array:
-    """Rows of all shards along `others` and `axes`, each shard doing its experts' share of them.
-
-    Along `axes`, which cut d, they change places: each shard gets its columns of all rows.
-    """
+    """Rows of all shards along `others` and, in columns that cut d, along `axes`: each shard does
+    its experts' share of them."""
     x, experts = (sharding.gather(rows, 0, *others) for rows in (x, experts))
     x, experts = sharding.exchange(x, 1, 0, *axes), sharding.gather(experts, 0, *axes)
     here = weights[0].shape[0]

@@ -32,7 +32,7 @@ from l4jax.models.cache import Cache, KeyValues, Slots
 from l4jax.models.layers import RMSNorm, SwiGLU, weight
 from l4jax.models.moe import Experts, Routing, Tiling
 from l4jax.models.sequence import Split, split
-from l4jax.sharding import constrain, total
+from l4jax.sharding import read, total
 
 LAYER_INPUT = "layer_input"
 REMAT: dict[str, Callable | None] = {
@@ -233,15 +233,18 @@ class Llama(nnx.Module):
 
     def logits(self, x: Float[Array, "*b d"]) -> Float32[Array, "*b v"]:
         """Float32 logits of final hidden states."""
-        # Gathered along its input, so that logits are never summed over shards; few tokens are cut
-        # along it instead, as in `sharding.apart`.
-        few = 2 * x.size <= x.shape[-1] ** 2
-        head = self.embed[...].T if self.head is None else self.head[...]
-        head = constrain(head.astype(x.dtype), "embed" if few else None, "vocab")
-        x = self.norm(x)
-        if few:
-            x = constrain(x, *[None] * (x.ndim - 1), "embed")
-        return jnp.einsum("...d,dv->...v", x, head, preferred_element_type=jnp.float32)
+        head, tied = (self.embed, True) if self.head is None else (self.head, False)
+
+        def shard(head: nnx.Variable, x: Array) -> Array:
+            axes = sharding.apart(head, x)
+            w = read(head, x.dtype, whole=not axes)
+            x_ = sharding.exchange(x.reshape(-1, x.shape[-1]), 1, 0, *axes)
+            y = jnp.matmul(x_, w.T if tied else w, preferred_element_type=jnp.float32)
+            return sharding.scatter(y, 0, *axes).reshape(*x.shape[:-1], -1)
+
+        cut = [*sharding.token_axes(*(*x.shape[:-1], 1)[:2]), *[None] * x.ndim][: x.ndim - 1]
+        specs = sharding.specs(head), PartitionSpec(*cut)
+        return sharding.per_shard(shard, specs, PartitionSpec(*cut, "tensor"))(head, self.norm(x))
 
     def _extend(
         self, tokens: Ids, cache: Cache, counts: Array | None, *, fresh: bool

@@ -78,7 +78,8 @@ class Experts(nnx.Module):
         if capacity is not None:
             kept = _within(experts.reshape(b, t * k), e, capacity, tiling.tokens)
         chosen = jnp.where(kept.reshape(-1), experts.reshape(-1), e)
-        axes, copies = sharding.apart(self.gate, scaled), "expert" not in tiling.rows
+        copies = "expert" not in tiling.rows
+        axes = sharding.apart(self.gate, scaled, *(() if copies else ("expert",)))
         gate, up, down = (read(w, x.dtype, whole=not axes) for w in (self.gate, self.up, self.down))
         routed = through_experts(scaled, (gate, up, down), chosen, e, replicated=copies, axes=axes)
         y = routed.reshape(b, t, k, d).sum(2)

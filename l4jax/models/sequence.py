@@ -83,12 +83,9 @@ def split(config: TextConfig, length: int, *, in_order: bool = False) -> Split |
     if not context:
         return None
     shards = jax.sharding.get_abstract_mesh().shape["context"]
-    chunk = config.attention.chunk_size if _has(config, "chunked") else None
+    kinds = {layer.attention for layer in config.layers}
+    chunk = config.attention.chunk_size if "chunked" in kinds else None
     halves = length % (2 * shards) == 0
     fits = chunk is None or length // (2 * shards) % chunk == 0 or length // shards % chunk != 0
-    far = _has(config, "global") or _has(config, "causal")
+    far = kinds != {"chunked"}
     return Split(shards, length, balanced=halves and fits and far and not in_order)
-
-
-def _has(config: TextConfig, kind: str) -> bool:
-    return any(layer.attention == kind for layer in config.layers)

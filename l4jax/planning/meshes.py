@@ -3,8 +3,8 @@
 The choice rests on an estimate: arithmetic on the configuration, good enough to order meshes by,
 which the compiler's figures then replace. Its terms follow `sharding`: parameters lie on as many
 devices as hold different tokens; what is not an expert's is gathered for use over all of these in
-training, over `fsdp` only when serving; experts are gathered over `fsdp` and `context`, never over
-`expert`, to which their tokens travel instead.
+training, over `fsdp` only when serving, and not at all by few tokens; experts are gathered over
+`fsdp` and `context`, never over `expert`, to which their tokens travel instead.
 """
 
 from __future__ import annotations
@@ -200,9 +200,11 @@ def estimate(
     """What a mesh costs a device."""
     hold = _memory(config, work, sizes, remat)
     generation, slices = topology.generation, topology.slices
-    operations = _operations(config, work, sizes, remat) / math.prod(sizes.values())
+    shards = math.prod(sizes.values())
     if work.task == "decode":
-        operations *= sizes["context"]  # whose shards all have the same tokens
+        # Shards of a cache have the same tokens; that they share its attention is little.
+        shards = _parts(work, sizes) * sizes["tensor"]
+    operations = _operations(config, work, sizes, remat) / shards
     ici, dcn = _wire(config, work, sizes, remat, slices)
     link = generation.link_bandwidth * 2 / generation.devices_per_chip
     read = hold.weights if work.trains else hold.weights + hold.cache
@@ -246,7 +248,7 @@ def _memory(config: TextConfig, work: Work, sizes: Sizes, remat: Remat) -> _Held
     tokens = work.tokens / _product(sizes, *sharding.BATCH, "context")
     layer = max(others, experts) / config.num_layers
     if not work.trains:
-        here = max(1.0, work.batch / _product(sizes, *sharding.BATCH))
+        here = work.batch / _parts(work, sizes)
         share = min(tensor, config.attention.num_kv_heads) * sizes["context"]
         cache = here * roofline.kv_bytes(config, work.length) / share
         if work.task == "decode":
@@ -254,7 +256,7 @@ def _memory(config: TextConfig, work: Work, sizes: Sizes, remat: Remat) -> _Held
         if work.task == "teach":
             cache = 0.0
         passing = 8 * tokens * config.embed_dim + _patches(work, sizes, "full")
-        if _stationary(config, work, sizes):
+        if all(_stationary(config, work, sizes)):
             passing += work.weight_bytes * _relaid(config, sizes, spread[1]) * experts / spread[1]
         else:
             passing += 2 * 2 * layer
@@ -393,13 +395,16 @@ def _wire(
     passes = 3 if work.trains else 1
     weight = 2.0 if work.trains else work.weight_bytes
     spread = _product(sizes, *work.rules["embed"]), _product(sizes, *work.rules["expert_embed"])
-    ici = passes * weight * (others * (1 - 1 / spread[0]) + experts * (1 - 1 / spread[1]))
+    stays = _stationary(config, work, sizes)
+    gathered = 0.0 if stays[0] else others * (1 - 1 / spread[0])
+    gathered += 0.0 if stays[1] else experts * (1 - 1 / spread[1])
+    ici = passes * weight * gathered
     tokens = work.tokens / _product(sizes, *sharding.BATCH, "context")
-    if _stationary(config, work, sizes):
+    mine = work.batch / _parts(work, sizes)
+    if stays[0]:
         # Each layer sends its inputs and outputs twice, and what its products make of all rows.
         met = 4 * config.embed_dim + 2 * spread[0] * _widths(config) / tensor
-        mine = max(1, work.batch / _product(sizes, *sharding.BATCH))
-        ici = config.num_layers * 2 * mine * met * (1 - 1 / spread[0])
+        ici += config.num_layers * 2 * mine * met * (1 - 1 / spread[0])
     again = 1 if not work.trains else 2 if remat in ("none", "dots") else 3
     routed = sum(layer.ffn == "moe" for layer in config.layers)
     per_token = 2 * config.embed_dim * tokens * again
@@ -414,7 +419,6 @@ def _wire(
     keys = 2 * 2 * a.num_kv_heads * a.head_dim * tokens / tensor
     if work.task == "decode":
         # Shards of a cache add up their attention, in float32, both ways.
-        mine = max(1, work.batch / _product(sizes, *sharding.BATCH))
         ici += config.num_layers * 2 * 4 * mine * a.num_heads * a.head_dim / tensor * (context > 1)
     else:
         ici += seen * keys * (context - 1) * again
@@ -425,13 +429,28 @@ def _wire(
     return (ici, gradient) if slices > 1 else (ici + gradient, 0.0)
 
 
-def _stationary(config: TextConfig, work: Work, sizes: Sizes) -> bool:
-    """Whether tokens go to the weights instead of weights to them; see `sharding.apart`."""
+def _stationary(config: TextConfig, work: Work, sizes: Sizes) -> tuple[bool, bool]:
+    """Whether tokens go to the weights instead of weights to them, those of routed experts last;
+    see `sharding.apart`."""
     if work.task != "decode":
-        return False
-    split = _product(sizes, *sharding.BATCH)
-    rows = max(1, work.batch // split) * _product(sizes, *work.rules["embed"])
-    return 2 * rows <= config.embed_dim
+        return False, False
+    few = config.embed_dim * min(work.weight_bytes, 2.0) / 2
+    rows = work.batch / _parts(work, sizes)
+    dense = 2 * rows * _product(sizes, *work.rules["embed"]) <= few
+    if config.moe is None:
+        return dense, dense
+    here = config.moe.num_experts / sizes["expert"]
+    rows *= config.moe.experts_per_token * _product(sizes, *work.rules["expert_embed"], "expert")
+    return dense, 2 * rows <= few * here
+
+
+def _parts(work: Work, sizes: Sizes) -> int:
+    """How many parts rows are cut into: axes that do not divide the batch hold copies of it; see
+    `sharding.token_axes`."""
+    parts = 1
+    for axis in sharding.BATCH:
+        parts *= sizes[axis] if work.batch % (parts * sizes[axis]) == 0 else 1
+    return parts
 
 
 def _exchanges(config: TextConfig, sizes: Sizes) -> int:
@@ -448,10 +467,7 @@ def _exchanges(config: TextConfig, sizes: Sizes) -> int:
 def expert_rows(config: TextConfig, work: Work, sizes: Sizes) -> int:
     """Rows that a device's experts see when routing is balanced."""
     chosen = config.moe.experts_per_token if config.moe is not None else 0
-    parts = 1
-    for axis in sharding.BATCH:
-        # Axes that do not divide the batch hold copies of it; see `sharding.token_axes`.
-        parts *= sizes[axis] if work.batch % (parts * sizes[axis]) == 0 else 1
+    parts = _parts(work, sizes)
     if work.task != "decode":
         parts *= sizes["context"]
     return math.ceil(work.tokens * chosen / parts)

@@ -348,7 +348,7 @@ def advice(
         return guess.gib + beyond <= topology.generation.hbm_gib
 
     found = [*_otherwise(request, sizes, remat, fits), *_less(request, sizes, remat, fits)]
-    if not found:
+    if not any("--batch" in option or "--mesh" in option for option in found):
         found += _less_otherwise(request, fits)
     return [*found, *_larger(request, beyond)]
 
@@ -372,11 +372,14 @@ def _otherwise(
 def _less(request: Request, sizes: Mapping[str, int], remat: Remat, fits: Fits) -> Iterator[str]:
     """Fewer or shorter sequences."""
     work = request.work
-    option = "--context" if work.task == "decode" else "--seq"
+    option, mesh = "--context" if work.task == "decode" else "--seq", meshes.show(sizes)
     batches = _smaller(work.batch, math.prod(sizes[axis] for axis in sharding.BATCH))
     lengths = _smaller(work.length, math.lcm(1024, sizes["context"]))
     tried = (
-        ((f"--batch {n * request.alone}", dataclasses.replace(work, batch=n)) for n in batches),
+        (
+            (f"--batch {n * request.alone} --mesh {mesh}", dataclasses.replace(work, batch=n))
+            for n in batches
+        ),
         ((f"{option} {n}", dataclasses.replace(work, length=n)) for n in lengths),
     )
     for options in tried:

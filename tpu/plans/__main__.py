@@ -111,9 +111,21 @@ def version() -> str:
 
 
 def record(row: Row, code: str, folder: pathlib.Path) -> dict[str, Any]:
-    """Makes a plan in a process of its own, and keeps what came of it."""
+    """Makes a plan, and where it does not fit one of fewer sequences, and keeps what came of it."""
+    found = {"code": code} | _made(row.command)
+    fewer = [advice for advice in found.get("advice", ()) if advice.startswith("--batch")]
+    if fewer:
+        found["instead"] = _made([*row.command, *fewer[0].split()])
+    partial = folder / f"{row.name}.partial"
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.rename(folder / f"{row.name}.json")
+    return found
+
+
+def _made(command: list[str]) -> dict[str, Any]:
+    """A plan, made in a process of its own, or why there is none."""
     done = subprocess.run(
-        [sys.executable, "-m", "l4jax.cli", *row.command[1:], "--json"],
+        [sys.executable, "-m", "l4jax.cli", *command[1:], "--json"],
         capture_output=True,
         text=True,
         check=False,
@@ -122,11 +134,7 @@ def record(row: Row, code: str, folder: pathlib.Path) -> dict[str, Any]:
         found = json.loads(done.stdout)
     else:
         found = {"error": done.stderr.strip().splitlines()[-1].removeprefix("l4jax: ")}
-    found = {"command": " ".join(row.command), "code": code} | found
-    partial = folder / f"{row.name}.partial"
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.rename(folder / f"{row.name}.json")
-    return found
+    return {"command": " ".join(command)} | found
 
 
 def recorded(row: Row, folder: pathlib.Path) -> dict[str, Any] | None:
@@ -143,10 +151,11 @@ def readme(table: list[Row], folder: pathlib.Path) -> str:
         "What the TPU compiler says of each step, ahead of time and without a TPU: nothing here",
         "ran. Times are the least that compute, memory and links allow if everything overlaps, MFU",
         "what they leave at best. One sequence of 8192 tokens for each device, at least 16 when",
-        "decoding; meshes and rematerialization as `l4jax plan` recommends. Each row's JSON lies",
-        "beside this file; `python -m tpu.plans` redoes what the code has outgrown. In `compared/`",
-        "are the steps that experiments/README.md sets beside MaxText's, in `recipes/` those of",
-        "the recipes' presets for pods beside them.",
+        "decoding; where so many do not fit, a second row has as many as `l4jax plan` says would.",
+        "Meshes and rematerialization are what it recommends. Each row's JSON lies beside this",
+        "file; `python -m tpu.plans` redoes what the code has outgrown. In `compared/` are the",
+        "steps that experiments/README.md sets beside MaxText's, in `recipes/` those of the",
+        "recipes' presets for pods beside them.",
         "",
         "| model | slice | task | mesh | remat | GiB | GB sent | least s | bound | MFU | on |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -155,7 +164,10 @@ def readme(table: list[Row], folder: pathlib.Path) -> str:
     for row in table:
         found = recorded(row, folder)
         if found is not None:
-            lines.append(_line(row, found))
+            lines.append(_line(row, row.task, found))
+            if "instead" in found:
+                batch = found["instead"].get("batch", "fewer")
+                lines.append(_line(row, f"{row.task}, batch {batch}", found["instead"]))
             versions |= {
                 f"jax {v['jax']}, libtpu {v['libtpu']}" for v in [found.get("versions")] if v
             }
@@ -168,9 +180,9 @@ def readme(table: list[Row], folder: pathlib.Path) -> str:
     )
 
 
-def _line(row: Row, found: dict[str, Any]) -> str:
+def _line(row: Row, task: str, found: dict[str, Any]) -> str:
     place = row.topology + (f" × {row.slices}" if row.slices > 1 else "")
-    start = f"| {row.preset} | {place} | {row.task} |"
+    start = f"| {row.preset} | {place} | {task} |"
     if "error" in found:
         return f"{start} {found['error'].replace('|', '/')} | | | | | | | |"
     memory = f"{found['hbm_gib']['total']:.1f} of {found['hbm_gib']['capacity']}"
