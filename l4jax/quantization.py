@@ -143,8 +143,8 @@ def low_precision(model: Llama, patterns: Iterable[str], scheme: Literal["int8",
     Numbers are scaled by the largest of each token (of a gradient, likewise) and of each output
     channel, at every step anew; "fp8" has e4m3 forward and e5m2 for gradients. Parameters and the
     optimizer keep their types, and have `.value` behind their names until `full` takes the model
-    back. A tensor axis that cuts a matrix's inputs gives each shard scales of its own, so meshes
-    agree within the rounding of 8 bits only.
+    back. A tensor axis that cuts a matrix's inputs gives each shard scales of its own, as fsdp does
+    where tokens are few (`sharding.apart`), so meshes agree within the rounding of 8 bits only.
 
     Routed experts are refused: their kernels take arrays of the type that they compute in.
 
