@@ -247,7 +247,11 @@ def test_a_refusal_is_one_line_and_a_file(run, answer, tmp_path):
     ("options", "first", "last"),
     [
         # An odd batch has no half; less of it may need another mesh as well.
-        ({"task": "decode", "batch": 17, "length": 65536}, "--batch 4", "--topology v5e:4x4"),
+        (
+            {"task": "decode", "batch": 17, "length": 65536},
+            "--batch 4 --mesh tensor=4",
+            "--topology v5e:4x4",
+        ),
         (
             {"task": "prefill", "batch": 64, "mesh": meshes.parse("data=4")},
             "--batch 32 --mesh fsdp=4",
