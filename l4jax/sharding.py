@@ -331,7 +331,7 @@ def apart(param: nnx.Variable, x: jax.Array, *also: str) -> tuple[str, ...]:
     rows = x.size // d * size(*axes, *also)
     experts = weight.shape[0] if "experts" in places else 1
     narrow = min(weight.dtype.itemsize, x.dtype.itemsize)
-    return axes if 2 * rows * x.dtype.itemsize <= d * experts * narrow else ()
+    return axes if 0 < 2 * rows * x.dtype.itemsize <= d * experts * narrow else ()
 
 
 def read(param: nnx.Variable, dtype: Any, *, whole: bool = True) -> Any:

@@ -112,10 +112,10 @@ def version() -> str:
 
 def record(row: Row, code: str, folder: pathlib.Path) -> dict[str, Any]:
     """Makes a plan, and where it does not fit one of fewer sequences, and keeps what came of it."""
-    found = {"code": code} | _made(row.command)
-    fewer = [advice for advice in found.get("advice", ()) if advice.startswith("--batch")]
-    if fewer:
-        found["instead"] = _made([*row.command, *fewer[0].split()])
+    found = last = {"code": code} | _made(row.command)
+    # Advice is an estimate: what follows it may not fit either, and advises again.
+    while fewer := [advice for advice in last.get("advice", ()) if advice.startswith("--batch")]:
+        last = found["instead"] = _made([*row.command, *fewer[0].split()])
     partial = folder / f"{row.name}.partial"
     partial.write_text(json.dumps(found, indent=1) + "\n")
     partial.rename(folder / f"{row.name}.json")
