@@ -238,8 +238,8 @@ class Llama(nnx.Module):
         def shard(head: nnx.Variable, x: Array) -> Array:
             axes = sharding.apart(head, x)
             w = read(head, x.dtype, whole=not axes)
-            x_ = sharding.exchange(x.reshape(-1, x.shape[-1]), 1, 0, *axes)
-            y = jnp.matmul(x_, w.T if tied else w, preferred_element_type=jnp.float32)
+            columns = sharding.exchange(x.reshape(-1, x.shape[-1]), 1, 0, *axes)
+            y = jnp.matmul(columns, w.T if tied else w, preferred_element_type=jnp.float32)
             return sharding.scatter(y, 0, *axes).reshape(*x.shape[:-1], y.shape[1])
 
         cut = [*sharding.token_axes(*(*x.shape[:-1], 1)[:2]), *[None] * x.ndim][: x.ndim - 1]
