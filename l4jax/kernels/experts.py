@@ -42,7 +42,7 @@ def grouped_swiglu(
     Rows are sorted by expert: the first `group_sizes[0]` belong to expert 0, and so on. Dropless:
     any sizes are right, 0 among them. They add up to m or less; the rows behind give 0.
 
-    With `axes`, x and the weights have this shard's part of d along them, and products sum over them.
+    With `axes`, x and the weights have their part of d along them, and products sum over them.
     """
     if implementation == "auto":
         implementation = _FASTEST.get(sharding.platform(), "ragged")
