@@ -264,7 +264,7 @@ def _pairs(
         """[b t …] → [b·blocks c …], or with the block before [b·blocks 2·c …]."""
         x = _cut(x, chunk, fill)
         if before:
-            shifted = jnp.roll(x, 1, axis=1).at[:, 0].set(fill)
+            shifted = jnp.concatenate([jnp.full_like(x[:, :1], fill), x[:, :-1]], axis=1)
             x = jnp.concatenate([shifted, x], axis=2)
         return x.reshape(-1, *x.shape[2:])
 

@@ -2,7 +2,7 @@
 
 One entry point, `grouped_swiglu`, with three implementations that agree:
 
-- "ragged": `jax.lax.ragged_dot`, the definition; for GPUs (on CPU O(rows · e)).
+- "ragged": `jax.lax.ragged_dot`; for GPUs, and wherever d is cut (on CPU O(rows · e)).
 - "tpu": the grouped products of `kernels.tpu.grouped`.
 - "blocks": for CPU: one loop over the blocks of rows that the experts really have, so that an
   expert without rows is not even read. From one row (decoding) to thousands (training).
