@@ -81,6 +81,15 @@ def compiled(lowered):
     return Program(lowered.compile(compiler_options=QUICK).as_text(), mesh)
 
 
+def abstract(module):
+    """A module's structure and what its arrays would be, where they would lie."""
+    graph, state = nnx.split(module)
+    places = sharding.shardings(state)
+    return graph, jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+    )
+
+
 def step(config, axes, length=LENGTH):
     """The training step of a model that has no arrays."""
     with on(axes):
@@ -149,12 +158,7 @@ def test_decoding_sends_tokens_and_never_weights(name, axes, rules):
     config, rows = config_of(name), 8
     with on(axes, rules):
         model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-        graph, state = nnx.split(model)
-        state = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            state,
-            sharding.shardings(state),
-        )
+        graph, state = abstract(model)
         cache = jax.eval_shape(lambda: model.empty_cache(rows, 64))
         tokens = jax.ShapeDtypeStruct((rows, 1), np.int32)
 
@@ -185,7 +189,7 @@ def attention_program(kind, length, *, placed=False):
     with on({"context": 4}, sharding.SERVING):
         cut = split(config, length)
         layer = nnx.eval_shape(lambda: Attention(config, kind, rngs=nnx.Rngs(0)))
-        graph, state = nnx.split(layer)
+        graph, state = abstract(layer)
         token = PartitionSpec(None, "context")
 
         def shard(state, x, positions):
@@ -201,11 +205,6 @@ def attention_program(kind, length, *, placed=False):
         place = jax.sharding.NamedSharding(jax.sharding.get_mesh(), token)
         x = jax.ShapeDtypeStruct((1, length, config.embed_dim), jnp.float32, sharding=place)
         positions = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=place)
-        state = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            state,
-            sharding.shardings(state),
-        )
         return cut, compiled(jax.jit(run).lower(state, x, positions))
 
 

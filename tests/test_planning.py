@@ -21,8 +21,9 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="needs libtpu, the compiler for TPUs: pip install 'l4jax[tpu]'",
 )
-SCOUT, MAVERICK, DENSE = (
-    presets.get(name).make() for name in ("llama4-scout", "llama4-maverick", "llama3.1-8b")
+SCOUT, MAVERICK, BEHEMOTH, DENSE = (
+    presets.get(name).make()
+    for name in ("llama4-scout", "llama4-maverick", "llama4-behemoth", "llama3.1-8b")
 )
 CUBE = chips.parse("v5p:4x4x4")
 
@@ -87,6 +88,10 @@ def test_only_data_crosses_slices():
         (SCOUT, "v6e:4x4", work("decode", 16), "fsdp=2,tensor=8"),
         # A larger fsdp would hold copies of four rows.
         (SCOUT, "v5p:4x4x4", work("decode", 4, 2**20), "fsdp=4,context=2,tensor=8"),
+        # Shards of a cache would all multiply the same rows.
+        (DENSE, "v5p:4x8x8", work("decode", 256), "data=32,tensor=8"),
+        # With fsdp=8,tensor=8 experts 2,784 wide would lie there twice, and not fit.
+        (BEHEMOTH, "v5p:4x4x4", work("decode", 64), "fsdp=32,tensor=2"),
     ],
 )
 def test_the_recommended_mesh_is_the_one_that_arithmetic_prefers(config, topology, job, mesh):
