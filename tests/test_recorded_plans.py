@@ -58,18 +58,22 @@ def test_what_does_not_fit_is_planned_with_fewer_sequences(few, tmp_path, monkey
     made = plans._made
 
     def large(command):
-        found = made(command)
+        found, batch = made(command), 16
         if "--batch" in command:
-            return found | {"batch": 8}
-        advice = ["--seq 2048", "--batch 8 --mesh fsdp=2,tensor=2"]
-        return found | {"fits": False, "advice": advice}
+            batch = int(command[command.index("--batch") + 1])
+        if batch == 4:
+            return found | {"batch": batch}
+        advice = ["--seq 2048", f"--batch {batch // 2} --mesh fsdp=2,tensor=2"]
+        return found | {"fits": False, "batch": batch, "advice": advice}
 
     monkeypatch.setattr(plans, "_made", large)
     plans.main(["--only", "2x2x1_"], tmp_path)
-    assert few[1][-5:] == ["--batch", "8", "--mesh", "fsdp=2,tensor=2", "--json"]
+    assert [command[-5:] for command in few[1:]] == [
+        ["--batch", n, "--mesh", "fsdp=2,tensor=2", "--json"] for n in ("8", "4")
+    ]
     text = (tmp_path / "README.md").read_text()
     assert "| llama3.1-8b | v5p:2x2x1 | train | fsdp=4 | full | 1.0 of 2.0: does not fit |" in text
-    assert "| llama3.1-8b | v5p:2x2x1 | train, batch 8 | fsdp=4 | full | 1.0 of 2.0 | 3 |" in text
+    assert "| llama3.1-8b | v5p:2x2x1 | train, batch 4 | fsdp=4 | full | 1.0 of 2.0 | 3 |" in text
 
 
 def test_rows_can_be_listed_and_must_exist(few, tmp_path, capsys):
