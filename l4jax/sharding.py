@@ -84,18 +84,14 @@ def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
         )
     devices = devices[: math.prod(shape)]
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % slices:
+        raise ValueError(f"data={shape[0]} must be a multiple of the {slices} slices it crosses")
     if slices == 1:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
-        if shape[0] % slices:
-            raise ValueError(
-                f"data={shape[0]} must be a multiple of the {slices} slices it crosses"
-            )
+        places = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1, 1)
         placed = mesh_utils.create_hybrid_device_mesh(
-            (shape[0] // slices, *shape[1:]),
-            (slices, 1, 1, 1, 1),
-            devices,
-            allow_split_physical_axes=True,
+            *places, devices, allow_split_physical_axes=True
         )
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -284,18 +284,11 @@ def _triangle(
     positions: Int[Array, "b t"],
 ) -> Float[Array, "b t n h"]:
     """Plain causal attention, each strip of queries meeting only the keys up to its own end."""
-    t = q.shape[1]
-    strips = [slice(start, min(start + STRIP, t)) for start in range(0, t, STRIP)]
-    out = [
-        cross_attention(
-            q[:, strip],
-            k[:, : strip.stop],
-            v[:, : strip.stop],
-            Where(positions[:, strip]),
-            Where(positions[:, : strip.stop]),
-        )
-        for strip in strips
-    ]
+    t, out = q.shape[1], []
+    for start in range(0, t, STRIP):
+        end = min(start + STRIP, t)
+        at, to = Where(positions[:, start:end]), Where(positions[:, :end])
+        out.append(cross_attention(q[:, start:end], k[:, :end], v[:, :end], at, to))
     return jnp.concatenate(out, axis=1)
 
 

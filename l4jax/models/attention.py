@@ -147,6 +147,8 @@ class Attention(nnx.Module):
             sharding.scatter(x @ w.reshape(w.shape[0], -1), 0, *axes).reshape(b, t, *w.shape[1:])
             for w in weights
         )
+        # In x's type as the products leave them: XLA would write them in float32 to be rotated.
+        q, k, v = jax.lax.optimization_barrier((q, k, v))
         scale = self.config.head_dim**-0.5
         if self.kind == "global":
             scale = scale * tokens.temperature

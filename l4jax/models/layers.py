@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32, Int
 
 from l4jax.config import Rope
@@ -34,7 +35,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """x, normalised and scaled."""
-        return normalize(x, eps=self.eps) * self.scale[...].astype(x.dtype)
+        return materialize(normalize(x, eps=self.eps) * self.scale[...].astype(x.dtype))
 
 
 def normalize(x: Float[Array, "*b h"], *, eps: float) -> Float[Array, "*b h"]:
@@ -42,6 +43,19 @@ def normalize(x: Float[Array, "*b h"], *, eps: float) -> Float[Array, "*b h"]:
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     return (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
+
+
+def materialize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """x as an array of its own, row after row, where its rows are many.
+
+    Left alone, the TPU compiler forms a norm again in every product that reads it, and lays the
+    activations out for one of these and copies them for the others: more code to compile, more
+    time. Few rows, such as a decode step's, wait for weights; for them an array more is time lost.
+    """
+    if 8 * x.size < x.shape[-1] ** 2:
+        return x
+    by_row = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return jax.lax.optimization_barrier(by_row)
 
 
 class SwiGLU(nnx.Module):
@@ -93,7 +107,8 @@ def rotation(
 ) -> tuple[Float32[Array, "b t 1 r"], Float32[Array, "b t 1 r"]]:
     """Cosine and sine of every position's angles (r = h/2)."""
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    # Once for all layers: XLA would move the tables, with their long code, into the loop over them.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def rotate(
@@ -106,6 +121,6 @@ def rotate(
     no strided access, and the checkpoint tables reorder them on the way in and out.
     """
     cos, sin = cos_sin
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    left, right = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
     turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
     return turned.astype(x.dtype)

@@ -148,11 +148,8 @@ class Llama(nnx.Module):
         # A table that is the head too starts small, so that logits start near 1.
         spread = d if config.tie_embeddings else 1
         self.embed = weight(rngs, (v, d), ("vocab", "embed"), fan_in=spread)
-        self.layers = nnx.List(
-            [_stacked(config, layer, self.periods, rngs) for layer in config.pattern]
-            if self.periods
-            else []
-        )
+        scanned = config.pattern if self.periods else ()
+        self.layers = nnx.List([_stacked(config, layer, self.periods, rngs) for layer in scanned])
         rest = config.layers[self.periods * period :]
         self.tail = nnx.List([Block(config, layer, rngs=rngs) for layer in rest])
         self.norm = RMSNorm(d, eps=config.norm_eps)
