@@ -35,7 +35,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """x, normalised and scaled."""
-        return materialize(normalize(x, eps=self.eps) * self.scale[...].astype(x.dtype))
+        return normalize(x, eps=self.eps) * self.scale[...].astype(x.dtype)
 
 
 def normalize(x: Float[Array, "*b h"], *, eps: float) -> Float[Array, "*b h"]:
@@ -46,13 +46,13 @@ def normalize(x: Float[Array, "*b h"], *, eps: float) -> Float[Array, "*b h"]:
 
 
 def materialize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """x as an array of its own, row after row, where its rows are many.
+    """x as an array of its own, row after row, where a shard has many rows.
 
-    Left alone, the TPU compiler forms a norm again in every product that reads it, and lays the
-    activations out for one of these and copies them for the others: more code to compile, more
-    time. Few rows, such as a decode step's, wait for weights; for them an array more is time lost.
+    Left alone, the TPU compiler forms a norm again in every product that reads it, lays activations
+    out for one of these and copies them for the others. Few rows, such as a decode step's, wait for
+    weights anyway; outside of a shard, a layout would make the partitioner gather them.
     """
-    if 8 * x.size < x.shape[-1] ** 2:
+    if not jax.sharding.get_abstract_mesh().manual_axes or 8 * x.size < x.shape[-1] ** 2:
         return x
     by_row = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
     return jax.lax.optimization_barrier(by_row)

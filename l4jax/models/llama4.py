@@ -29,7 +29,7 @@ from l4jax.kernels.attention import SAVED as ATTENTION
 from l4jax.kernels.attention import Where
 from l4jax.models.attention import Attention, Step, Tokens, describe
 from l4jax.models.cache import Cache, KeyValues, Slots
-from l4jax.models.layers import RMSNorm, SwiGLU, weight
+from l4jax.models.layers import RMSNorm, SwiGLU, materialize, weight
 from l4jax.models.moe import Experts, Routing, Tiling
 from l4jax.models.sequence import Split, split
 from l4jax.sharding import read, total
@@ -114,10 +114,10 @@ class Block(nnx.Module):
 
         With `number`, `cache` holds several layers', and this is the one of that number.
         """
-        normal = self.attention_norm(x)
+        normal = materialize(self.attention_norm(x))
         attended, cache = self.attention(normal, tokens, cache, how.step, number)
         x = x + attended
-        normal = self.ffn_norm(x)
+        normal = materialize(self.ffn_norm(x))
         if isinstance(self.ffn, SwiGLU):
             return x + self.ffn(normal), cache, None
         y, routing = self.ffn(normal, how.tiling, how.capacity)
