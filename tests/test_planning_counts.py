@@ -12,7 +12,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from l4jax.planning import chips, compiler, counting
+from l4jax import sharding
+from l4jax.config import Attention, Execution, Layer, TextConfig
+from l4jax.planning import chips, compiler, counting, hlo, meshes, programs
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -139,3 +141,29 @@ def test_a_dense_step_compiled_for_a_tpu_has_the_products_that_arithmetic_says(o
     )
     assert found.memory.arguments < found.memory.peak < 1
     assert found.cpu_seconds > 0
+
+
+@needs_libtpu
+def test_tables_of_rotations_are_formed_once_for_all_layers(optimized):
+    """XLA would move them into the loop over the layers."""
+    config = TextConfig(
+        num_layers=6,
+        embed_dim=512,
+        vocab_size=1024,
+        mlp_dim=768,
+        max_context=4096,
+        attention=Attention(num_heads=4, num_kv_heads=2, head_dim=128, chunk_size=512),
+        pattern=(Layer("chunked", "dense"), Layer("global", "dense")),
+    )
+    devices = compiler.devices(chips.parse("v5p:2x2x1"))
+    mesh = sharding.make_mesh(devices, **meshes.parse("fsdp=4"))
+    asked = meshes.Work(task="prefill", batch=4, length=1000)
+    execution = Execution(dtype="bfloat16")
+    found = compiler.compile(programs.program(config, asked, execution=execution, mesh=mesh), mesh)
+    assert isinstance(found, compiler.Compiled)
+    module = hlo.Module(found.text)
+    formed = 0.0
+    for name, (times, _) in module.runs().items():
+        instructions = module.computations[name].instructions.values()
+        formed += times * sum(x.opcode == "cosine" for x in instructions)
+    assert formed == 1
