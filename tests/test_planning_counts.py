@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 
 import jax
@@ -144,8 +145,8 @@ def test_a_dense_step_compiled_for_a_tpu_has_the_products_that_arithmetic_says(o
 
 
 @needs_libtpu
-def test_tables_of_rotations_are_formed_once_for_all_layers(optimized):
-    """XLA would move them into the loop over the layers."""
+def test_what_many_products_or_layers_read_is_formed_once(optimized):
+    """XLA would form norms again in each product, and RoPE's tables in the loop over the layers."""
     config = TextConfig(
         num_layers=6,
         embed_dim=512,
@@ -162,8 +163,13 @@ def test_tables_of_rotations_are_formed_once_for_all_layers(optimized):
     found = compiler.compile(programs.program(config, asked, execution=execution, mesh=mesh), mesh)
     assert isinstance(found, compiler.Compiled)
     module = hlo.Module(found.text)
-    formed = 0.0
+    formed = collections.Counter()
     for name, (times, _) in module.runs().items():
-        instructions = module.computations[name].instructions.values()
-        formed += times * sum(x.opcode == "cosine" for x in instructions)
-    assert formed == 1
+        for x in module.computations[name].instructions.values():
+            formed["tables"] += times * (x.opcode == "cosine")
+            if x.opcode == "multiply":
+                wide = hlo.shapes(x.type)[0].dims[-2:] == (asked.length, config.embed_dim)
+                formed["norms"] += times * wide
+    assert formed["tables"] == 1
+    # Each norm of a layer squares its input, divides it by the root and scales it.
+    assert formed["norms"] == 3 * 2 * config.num_layers
