@@ -50,7 +50,7 @@ def materialize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
 
     Left alone, the TPU compiler forms a norm again in every product that reads it, lays activations
     out for one of these and copies them for the others. Few rows, such as a decode step's, wait for
-    weights anyway; outside of a shard, a layout would make the partitioner gather them.
+    weights anyway. Outside of a shard, a layout would make the partitioner gather x.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes or 8 * x.size < x.shape[-1] ** 2:
         return x
