@@ -7,7 +7,7 @@ A section is validated when it is made and never changed afterwards; variants ar
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 AttentionKind = Literal["chunked", "causal", "global"]
 FeedForwardKind = Literal["dense", "moe"]
@@ -48,11 +48,9 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_context")
-        if self.low_freq_factor > self.high_freq_factor:
-            raise ValueError(
-                f"RoPE low_freq_factor {self.low_freq_factor} must not exceed "
-                f"high_freq_factor {self.high_freq_factor}"
-            )
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low > high:
+            raise ValueError(f"RoPE low_freq_factor {low} must not exceed high_freq_factor {high}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,10 +91,9 @@ class Attention:
 
     def __post_init__(self) -> None:
         positive(self, "num_heads", "num_kv_heads", "head_dim")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
-            )
+        n, k = self.num_heads, self.num_kv_heads
+        if n % k:
+            raise ValueError(f"num_heads {n} must be a multiple of num_kv_heads {k}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs")
         if self.chunk_size is not None:
@@ -118,10 +115,9 @@ class MoE:
         positive(self, "num_experts", "mlp_dim", "experts_per_token")
         if self.shared_mlp_dim < 0:
             raise ValueError(f"shared_mlp_dim {self.shared_mlp_dim} must be 0 or more")
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}"
-            )
+        e, k = self.num_experts, self.experts_per_token
+        if k > e:
+            raise ValueError(f"experts_per_token {k} exceeds num_experts {e}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,13 +144,12 @@ class TextConfig:
         positive(self, "norm_eps")
         if not self.pattern:
             raise ValueError("pattern is empty: it must name the kind of at least one layer")
-        for layer in self.pattern:
-            if layer.attention not in get_args(AttentionKind):
-                raise ValueError(
-                    f"attention kind {layer.attention!r}: choose from {get_args(AttentionKind)}"
-                )
-            if layer.ffn not in get_args(FeedForwardKind):
-                raise ValueError(f"ffn kind {layer.ffn!r}: choose from {get_args(FeedForwardKind)}")
+        known = {"attention": get_args(AttentionKind), "ffn": get_args(FeedForwardKind)}
+        for part, kind in (
+            (part, kind) for x in self.pattern for part, kind in x._asdict().items()
+        ):
+            if kind not in known[part]:
+                raise ValueError(f"{part} kind {kind!r}: choose from {known[part]}")
         used = self.layers
         if any(x.attention == "chunked" for x in used) and self.attention.chunk_size is None:
             raise ValueError("the pattern has chunked layers, but attention.chunk_size is None")
@@ -236,8 +231,3 @@ class Execution:
     def __post_init__(self) -> None:
         if self.capacity is not None:
             positive(self, "capacity")
-
-    @classmethod
-    def for_parameters(cls, dtype: Any) -> Execution:
-        """Computes in the parameters' type, if it is one to compute in, else in float32."""
-        return cls(dtype="bfloat16" if str(dtype) == "bfloat16" else "float32")

@@ -67,8 +67,7 @@ def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
     a multiple of their number.
 
     Raises:
-        ValueError: an axis name or size is not possible, or the sizes need more devices than there
-            are.
+        ValueError: an axis name or size is not possible, or there are not as many devices.
     """
     for axis, n in sizes.items():
         if axis not in AXES:
@@ -274,11 +273,13 @@ def gather(x: jax.Array, dim: int, *axes: str) -> jax.Array:
     here = live(*axes)
     if not here:
         return x
-    x = jnp.moveaxis(x, dim, 0)
-    rows = x.reshape(x.shape[0], -1)
+    before, behind = math.prod(x.shape[:dim]), x.shape[dim + 1 :]
+    rows = x.reshape(before, *x.shape[dim:]).swapaxes(0, 1).reshape(x.shape[dim], -1)
     for axis in reversed(here):
         rows = _gather_rows(rows, axis)
-    return jnp.moveaxis(rows.reshape(-1, *x.shape[1:]), 0, dim)
+    # An array of its own, of one shape: XLA would compile products anew for every view of it.
+    whole = jax.lax.optimization_barrier(rows).reshape(-1, before, *behind).swapaxes(0, 1)
+    return whole.reshape(*x.shape[:dim], -1, *behind)
 
 
 def _gather_rows(x: jax.Array, axis: str) -> jax.Array:

@@ -26,6 +26,16 @@ def model_of(name):
     return build(dataclasses.replace(config, num_layers=len(config.pattern) + 1))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "computes"),
+    [("bfloat16", "bfloat16"), ("float32", "float32"), ("float16", "float32"), ("int8", "float32")],
+)
+def test_a_model_computes_in_its_parameters_type_if_it_can(dtype, computes):
+    from l4jax.checkpoints.formats import execution_in
+
+    assert execution_in(dtype).dtype == computes
+
+
 def leaves(model):
     return jax.tree.leaves(nnx.state(model))
 

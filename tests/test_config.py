@@ -9,7 +9,6 @@ from l4jax import presets
 from l4jax.checkpoints.orbax import from_json
 from l4jax.config import (
     Attention,
-    Execution,
     Layer,
     MoE,
     Rope,
@@ -105,14 +104,6 @@ def test_sections_are_frozen_hashable_and_keyword_only():
     assert hash(GOOD) == hash(presets.tiny(presets.llama4_scout()))
     with pytest.raises(TypeError):
         Temperature(8192)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "computes"),
-    [("bfloat16", "bfloat16"), ("float32", "float32"), ("float16", "float32"), ("int8", "float32")],
-)
-def test_a_model_computes_in_its_parameters_type_if_it_can(dtype, computes):
-    assert Execution.for_parameters(dtype).dtype == computes
 
 
 @pytest.mark.parametrize("name", NAMES)

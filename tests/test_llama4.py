@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import forward
 from test_models import assert_close, placed_rows
 
@@ -15,6 +18,27 @@ def test_restarting_positions_and_returning_segments_are_documents_of_their_own(
     assert_close(alone, packed)
     back = np.where(segments == 3, 1, segments)
     assert_close(forward(twin.model, tokens, None, back)[2], packed)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 1, 50)])
+def test_rows_on_tpu_and_their_gradients_are_those_of_plain_indexing(shape):
+    """Many equal ids, rows that none asks for, and ids past the end."""
+    from l4jax.kernels.tpu import embedding
+
+    rng = np.random.default_rng(1)
+    table = jnp.asarray(rng.standard_normal((11, 5)), jnp.float32)
+    ids = jnp.asarray(rng.choice([0, 3, 3, 10, 11, 20], shape), jnp.int32)
+    d_rows = jnp.asarray(rng.standard_normal((*shape, 5)), jnp.float32)
+
+    def plain(table, ids):
+        return jnp.where((ids < 11)[..., None], table[jnp.minimum(ids, 10)], 0)
+
+    (rows, pull), (expected, pull_plain) = (
+        jax.vjp(lambda table, take=take: take(table, ids), table)
+        for take in (embedding.take_rows, plain)
+    )
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_allclose(pull(d_rows)[0], pull_plain(d_rows)[0], atol=1e-5)
 
 
 def test_ids_outside_the_vocabulary_give_no_number(twin_of):

@@ -167,9 +167,12 @@ def test_what_many_products_or_layers_read_is_formed_once(optimized):
     for name, (times, _) in module.runs().items():
         for x in module.computations[name].instructions.values():
             formed["tables"] += times * (x.opcode == "cosine")
+            formed["products"] += times * (x.opcode in ("convolution", "dot"))
             if x.opcode == "multiply":
                 wide = hlo.shapes(x.type)[0].dims[-2:] == (asked.length, config.embed_dim)
                 formed["norms"] += times * wide
     assert formed["tables"] == 1
+    # One for queries, keys and values, one after attention and three of SwiGLU; and the logits'.
+    assert formed["products"] == 5 * config.num_layers + 1
     # Each norm of a layer squares its input, divides it by the root and scales it.
     assert formed["norms"] == 3 * 2 * config.num_layers

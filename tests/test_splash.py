@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +102,22 @@ def test_any_length(t, monkeypatch):
 @pytest.mark.parametrize("mask", [{"chunk": 128}, {"chunk": 128, "back": 50}])
 def test_whole_chunks_are_folded_into_the_batch(mask, monkeypatch):
     check(384, monkeypatch, b=2, heads=(3, 1), **mask)
+
+
+@pytest.mark.parametrize(
+    ("mask", "same"),
+    [({"back": 299}, True), ({"chunk": 300, "back": 500}, True), ({"back": 298}, False)],
+)
+def test_a_bound_that_nothing_meets_makes_no_other_kernel(mask, same):
+    """Chunked and global layers are one program to compile where the sequence is one chunk."""
+    from l4jax.kernels.tpu import splash
+
+    def program(**mask):
+        # Printed functions have addresses.
+        call = functools.partial(splash.splash_attention, interpret=True, **mask)
+        return re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(call)(*inputs(300, 300))))
+
+    assert (program(**mask) == program()) == same
 
 
 @pytest.mark.parametrize("heads", [(5, 1), (3, 3)])

@@ -54,6 +54,11 @@ def outline(model: Model, execution: Execution) -> Llama:
     return found
 
 
+def execution_in(dtype: Any) -> Execution:
+    """Computes in the parameters' type, if it is one to compute in, else in float32."""
+    return Execution(dtype="bfloat16" if str(dtype) == "bfloat16" else "float32")
+
+
 def places_in(model: Llama) -> dict[str, Place]:
     """Where each canonical array lies in the parameters of a model."""
     paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]

@@ -11,7 +11,7 @@ from flax import nnx
 
 from l4jax import sharding
 from l4jax.checkpoints.arrays import stackable
-from l4jax.checkpoints.formats import SCALE, Source, Spec, outline, places_in
+from l4jax.checkpoints.formats import SCALE, Source, Spec, execution_in, outline, places_in
 from l4jax.checkpoints.orbax import of_scale
 from l4jax.checkpoints.rows import Joined, cast
 from l4jax.checkpoints.tables import Match
@@ -31,7 +31,7 @@ def build(source: Source, *, dtype: str | None, execution: Execution | None) -> 
     """
     arrays = _Arrays(source, dtype)
     if execution is None:
-        execution = Execution.for_parameters(dtype or source.arrays["embed"].dtype)
+        execution = execution_in(dtype or source.arrays["embed"].dtype)
     specs: dict[str, Spec] = {}
     for images in (False, True):
         part = {n: x for n, x in source.arrays.items() if n.startswith("vision.") == images}

@@ -21,7 +21,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from l4jax import sharding
-from l4jax.checkpoints.formats import Model, model_of, outline
+from l4jax.checkpoints.formats import Model, execution_in, model_of, outline
 from l4jax.checkpoints.safetensors import write_json
 from l4jax.config import Execution, Layer, TextConfig, VisionConfig
 from l4jax.kernels.quantized import Quantized
@@ -90,7 +90,7 @@ def load(
     if not vision or "vision" not in there:
         kind = Model(kind.text)
         there.pop("vision", None)
-    execution = execution or Execution.for_parameters(dtype or _first(there["embed"]).dtype)
+    execution = execution or execution_in(dtype or _first(there["embed"]).dtype)
     execution = dataclasses.replace(execution, scan="layers" in there)
     graph, abstract = nnx.split(outline(kind, execution))
     layout = dict(nnx.to_flat_state(sharding.shardings(abstract)))

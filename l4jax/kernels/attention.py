@@ -70,11 +70,7 @@ def self_attention(
             return _triangle(q, k, v, where.positions)
     if chunk is not None and chunk < t and 2 * chunk <= DENSE:
         return _pairs(q, k, v, where, chunk)
-    if t <= DENSE:
-        return cross_attention(q, k, v, where, where, chunk=chunk)
-    back = t if chunk is None else min(chunk, t) - 1
-    ranks, rows = _ranks(where, chunk), jnp.arange(t, dtype=jnp.int32)
-    return _blockwise(q, k, v, (ranks, ranks), rows, back)
+    return _blockwise(q, k, v, (where, where), jnp.arange(t, dtype=jnp.int32), chunk)
 
 
 def cross_attention(
@@ -121,13 +117,8 @@ def part_attention(  # noqa: PLR0913 - a sequence, the part of it, and what is v
     if where is None:
         everyone = jnp.arange(s, dtype=jnp.int32)
         at, to = (Where(jnp.broadcast_to(x, (b, len(x)))) for x in (mine, everyone))
-    else:
-        at, to = where
-    if s <= DENSE:
-        return cross_attention(q, k, v, at, to, chunk=chunk)
-    back = s if chunk is None else min(chunk, s) - 1
-    ranks = _ranks(at, chunk), _ranks(to, chunk)
-    return _blockwise(q, k, v, ranks, mine, back)
+        where = at, to
+    return _blockwise(q, k, v, where, mine, chunk)
 
 
 def cached_attention(
@@ -296,21 +287,24 @@ def _blockwise(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],
-    ranks: tuple[_Ranks, _Ranks],
+    where: tuple[Where, Where],
     rows: Int[Array, " t"],
-    back: int,
+    chunk: int | None,
 ) -> Float[Array, "b t n h"]:
-    """Attention by the queries' and the keys' `ranks`.
+    """Attention by where queries and keys stand, block by block where there are many keys.
 
-    A query in row r of the sequence sees no key after row r, and none more than `back` before it.
+    A query in row r sees no key after row r, and none a chunk or more before it.
     """
-    b, t, n, h = q.shape
-    kv = k.shape[2]
+    (b, t, n, h), (s, kv) = q.shape, k.shape[1:3]
+    if s <= DENSE:
+        return cross_attention(q, k, v, *where, chunk=chunk)
+    back = s if chunk is None else min(chunk, s) - 1
 
     def cut(x: Array, fill: int = 0) -> Array:
         """[b t …] → [blocks b w …]."""
         return jnp.moveaxis(_cut(x, BLOCK, fill), 1, 0)
 
+    ranks = (_ranks(x, chunk) for x in where)
     at, to = (_Ranks(cut(r.positions, -1), cut(r.groups)) for r in ranks)
     padded = jnp.pad(rows, (0, -t % BLOCK), mode="edge").reshape(-1, BLOCK)
     # The blocks of keys that a block of queries needs: from its first row's to its last one's.

@@ -27,7 +27,7 @@ from l4jax.kernels.attention import (
     self_attention,
 )
 from l4jax.models.cache import KeyValues, Slots, held, write
-from l4jax.models.layers import normalize, rope_frequencies, rotate, rotation, weight
+from l4jax.models.layers import many_rows, normalize, rope_frequencies, rotate, rotation, weight
 from l4jax.models.sequence import Split
 from l4jax.sharding import read, total
 
@@ -139,25 +139,33 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b t d"], tokens: Tokens
     ) -> tuple[Float[Array, "b t n h"], KeyValues]:
         """Queries, scaled, and keys and values, as the softmax wants them."""
-        b, t, _ = x.shape
-        axes = sharding.apart(self.q, x)
-        weights = (read(w, x.dtype, whole=not axes) for w in (self.q, self.k, self.v))
-        x = sharding.exchange(x, 2, 0, *axes)
-        q, k, v = (
-            sharding.scatter(x @ w.reshape(w.shape[0], -1), 0, *axes).reshape(b, t, *w.shape[1:])
-            for w in weights
-        )
-        # In x's type as the products leave them: XLA would write them in float32 to be rotated.
-        q, k, v = jax.lax.optimization_barrier((q, k, v))
+        n = self.q.shape[-2]
+        heads, v = jnp.split(self._heads(x), (n + self.k.shape[-2],), axis=2)
         scale = self.config.head_dim**-0.5
         if self.kind == "global":
             scale = scale * tokens.temperature
         else:
-            q, k = (rotate(y, tokens.rotations[self.kind]) for y in (q, k))
-            if self.config.qk_norm:
-                q, k = (normalize(y, eps=self.eps) for y in (q, k))
+            heads = rotate(heads, tokens.rotations[self.kind])
+        q, k = jnp.split(heads, (n,), axis=2)
+        if self.kind != "global" and self.config.qk_norm:
+            q, k = (normalize(y, eps=self.eps) for y in (q, k))
         q = (q.astype(jnp.float32) * scale).astype(x.dtype)
         return q, KeyValues(k, v)
+
+    def _heads(self, x: Float[Array, "b t d"]) -> Float[Array, "b t m h"]:
+        """The m = n + 2k heads of queries, keys and values, as the weights give them."""
+        weights: tuple[nnx.Param, ...] = self.q, self.k, self.v
+        axes = sharding.apart(self.q, x)
+        if not axes and many_rows(x) and all(isinstance(w[...], jax.Array) for w in weights):
+            # One gather and one product for many rows; for few, weights are not worth copying.
+            joined = jnp.concatenate([w[...] for w in weights], 1)
+            weights = (nnx.Param(joined, axes=sharding.param_axes(self.q)),)
+        parts = [read(w, x.dtype, whole=not axes) for w in weights]
+        rows = sharding.exchange(x, 2, 0, *axes)
+        products = [sharding.scatter(rows @ w.reshape(w.shape[0], -1), 0, *axes) for w in parts]
+        # In x's type as the products leave them: XLA would write them in float32 to be rotated.
+        heads = jnp.concatenate(products, -1).reshape(*x.shape[:2], -1, self.q.shape[-1])
+        return jax.lax.optimization_barrier(heads)
 
 
 def _uncached(

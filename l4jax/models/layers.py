@@ -45,17 +45,31 @@ def normalize(x: Float[Array, "*b h"], *, eps: float) -> Float[Array, "*b h"]:
     return (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
 
 
+def many_rows(x: Float[Array, "*b d"]) -> bool:
+    """Whether x is a shard's and its products outlast copies of weights, unlike a decode step's."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes) and 8 * x.size >= x.shape[-1] ** 2
+
+
 def materialize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """x as an array of its own, row after row, where a shard has many rows.
 
     Left alone, the TPU compiler forms a norm again in every product that reads it, lays activations
-    out for one of these and copies them for the others. Few rows, such as a decode step's, wait for
-    weights anyway. Outside of a shard, a layout would make the partitioner gather x.
+    out for one of these and copies them for the others, and compiles each product anew with what
+    stands around it. Outside of a shard, a layout would make the partitioner gather x.
     """
-    if not jax.sharding.get_abstract_mesh().manual_axes or 8 * x.size < x.shape[-1] ** 2:
+    if not many_rows(x):
         return x
     by_row = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
     return jax.lax.optimization_barrier(by_row)
+
+
+@jax.custom_vjp
+def materialize_in_training(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """`materialize` of x and of its gradient, if one is taken: several products read them then."""
+    return x
+
+
+materialize_in_training.defvjp(lambda x: (materialize(x), None), lambda _, d_x: (materialize(d_x),))
 
 
 class SwiGLU(nnx.Module):
@@ -76,7 +90,8 @@ class SwiGLU(nnx.Module):
         gate, up, down = (read(w, x.dtype, whole=not axes) for w in (self.gate, self.up, self.down))
         last = x.ndim - 1
         x = exchange(x, last, 0, *axes)
-        hidden = jax.nn.silu(total(x @ gate, *axes)) * total(x @ up, *axes)
+        gated, lifted = (materialize_in_training(total(x @ w, *axes)) for w in (gate, up))
+        hidden = materialize_in_training(jax.nn.silu(gated) * lifted)
         return exchange(hidden @ down, 0, last, *axes)
 
 
@@ -89,15 +104,11 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """
     frequencies = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.scaling is not None:
-        scaling = rope.scaling
+        scaling, low = rope.scaling, rope.scaling.low_freq_factor
         cycles = scaling.original_context * frequencies / (2 * np.pi)
         # Scout sets both factors to 1: the blended band is empty and must not divide 0 by 0.
-        width = scaling.high_freq_factor - scaling.low_freq_factor
-        kept = (
-            np.clip((cycles - scaling.low_freq_factor) / width, 0, 1)
-            if width
-            else np.where(cycles < scaling.low_freq_factor, 0.0, 1.0)
-        )
+        width = scaling.high_freq_factor - low
+        kept = np.clip((cycles - low) / width, 0, 1) if width else np.where(cycles < low, 0.0, 1.0)
         frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
     return frequencies.astype(np.float32)
 

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from l4jax import sharding
 from l4jax.config import Execution, Layer, TextConfig
+from l4jax.kernels import on_tpu
 from l4jax.kernels.attention import SAVED as ATTENTION
 from l4jax.kernels.attention import Where
 from l4jax.models.attention import Attention, Step, Tokens, describe
@@ -342,14 +343,16 @@ def lookup(
     Ids are few bytes, so each shard looks up its columns for all shards' ids and sends them there:
     the table itself, a thousand times larger than the answers, is never gathered.
     """
-    axes = sharding.param_mesh_axes(table)[1]
-    part = table[...]
+    axes, part = sharding.param_mesh_axes(table)[1], table[...]
     asked = sharding.gather(ids[None], 0, *axes)
     # Compiled code cannot raise, so an id outside the vocabulary gives NaN, not a neighbour.
     first = sharding.index("tensor") * part.shape[0]
     local = jnp.where(asked < first, part.shape[0], asked - first)
-    found = part.at[local].get(mode="fill", fill_value=0).astype(dtype)
-    found = total(found, "tensor")
+    if sharding.platform() == "tpu":
+        found = on_tpu("embedding").take_rows(part, local)
+    else:
+        found = part.at[local].get(mode="fill", fill_value=0)
+    found = total(found.astype(dtype), "tensor")
     if features is not None:
         fused = features.astype(dtype)[asked - vocab_size]
         found = jnp.where((asked < vocab_size)[..., None], found, fused)
@@ -372,10 +375,8 @@ def cache_specs(cache: Cache | None, rows: PartitionSpec) -> Any:
     slots = "context" if _slots(cache).cut else None
     plain = PartitionSpec(*rows, slots, "tensor", None)
     stacked = PartitionSpec(None, *plain)
-    layers, tail = (
-        jax.tree.map(lambda _, spec=spec: spec, part)
-        for part, spec in ((cache.layers, stacked), (cache.tail, plain))
-    )
+    layers = jax.tree.map(lambda _: stacked, cache.layers)
+    tail = jax.tree.map(lambda _: plain, cache.tail)
     return Cache(layers, tail, rows)  # type: ignore[arg-type]
 
 

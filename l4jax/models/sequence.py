@@ -87,5 +87,5 @@ def split(config: TextConfig, length: int, *, in_order: bool = False) -> Split |
     chunk = config.attention.chunk_size if "chunked" in kinds else None
     halves = length % (2 * shards) == 0
     fits = chunk is None or length // (2 * shards) % chunk == 0 or length // shards % chunk != 0
-    far = kinds != {"chunked"}
-    return Split(shards, length, balanced=halves and fits and far and not in_order)
+    balanced = halves and fits and kinds != {"chunked"} and not in_order
+    return Split(shards, length, balanced)

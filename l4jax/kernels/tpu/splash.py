@@ -94,9 +94,14 @@ def splash_attention(
         return out.reshape(b, t, *out.shape[2:])
     if rows is None:
         rows = Rows(np.arange(t)[None])
-    stretch = _Stretch(None if chunk is None or chunk >= k.shape[1] else chunk, back)
+    # A bound that nothing meets is none: chunked and global layers then are one compiled kernel.
+    s = k.shape[1]
+    stretch = _Stretch(
+        None if chunk is None or chunk >= s else chunk,
+        None if back is None or back >= s - 1 else back,
+    )
     row_bytes = q.shape[2] // k.shape[2] * q.shape[3] * q.dtype.itemsize
-    plan = _Plan.of(rows.layout, k.shape[1], stretch, row_bytes=row_bytes)
+    plan = _Plan.of(rows.layout, s, stretch, row_bytes=row_bytes)
     return _by_heads(plan, q, k, v, groups, plan.kernel(rows.shard, interpret=interpret))
 
 
