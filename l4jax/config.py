@@ -145,11 +145,10 @@ class TextConfig:
         if not self.pattern:
             raise ValueError("pattern is empty: it must name the kind of at least one layer")
         known = {"attention": get_args(AttentionKind), "ffn": get_args(FeedForwardKind)}
-        for part, kind in (
-            (part, kind) for x in self.pattern for part, kind in x._asdict().items()
-        ):
-            if kind not in known[part]:
-                raise ValueError(f"{part} kind {kind!r}: choose from {known[part]}")
+        for layer in self.pattern:
+            for part, kind in layer._asdict().items():
+                if kind not in known[part]:
+                    raise ValueError(f"{part} kind {kind!r}: choose from {known[part]}")
         used = self.layers
         if any(x.attention == "chunked" for x in used) and self.attention.chunk_size is None:
             raise ValueError("the pattern has chunked layers, but attention.chunk_size is None")
