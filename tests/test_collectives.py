@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -180,6 +181,28 @@ def test_decoding_sends_tokens_and_never_weights(name, axes, rules):
     others = sizes - {n // parts for n in sums for parts in (1, 2, 4, 8)}
     kv = config.attention.num_kv_heads * config.attention.head_dim
     assert max(others, default=0) < d * kv // tensor
+
+
+@pytest.mark.parametrize("types", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_weights_travel_in_the_narrower_of_their_own_type_and_the_products(types):
+    """Also those that are gathered side by side; read before CPUs widen what they send."""
+    stored, computed = types
+    config = config_of("llama4-scout")
+    with on({"fsdp": 4}):
+        layer = nnx.eval_shape(lambda: Attention(config, "global", rngs=nnx.Rngs(0)))
+        graph, state = abstract(layer)
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored), state)
+        row = PartitionSpec("fsdp")
+
+        def shard(state, x, positions):
+            return nnx.merge(graph, state)(x, describe(config, positions))[0]
+
+        run = sharding.per_shard(shard, (sharding.specs(state), row, row), row)
+        x = jax.ShapeDtypeStruct((4, LENGTH, config.embed_dim), computed)
+        positions = jax.ShapeDtypeStruct((4, LENGTH), jnp.int32)
+        text = jax.jit(run).lower(state, x, positions).as_text()
+    # One gather of queries, keys and values, one of the output's weight.
+    assert re.findall(r"stablehlo.all_gather.*x(\w+)>\n?$", text, re.M) == ["bf16", "bf16"]
 
 
 # --- Chunked attention ---------------------------------------------------------------------------
