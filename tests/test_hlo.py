@@ -335,6 +335,13 @@ def test_a_kernel_counts_what_it_says():
     assert found.hbm_bytes == 9
 
 
+@pytest.mark.parametrize(("told", "left"), [(4000, 4000 - 3072), (2000, 0)])
+def test_a_kernel_reads_from_hbm_what_is_not_on_the_chip_yet(told, left):
+    estimate = f',"cost_estimate":{{"flops":"123","bytes_accessed":"{told}"}}'
+    text = KERNEL.replace("NAME", "mine").replace("ESTIMATE", estimate)
+    assert counted(text.replace("bf16[96,16]{1,0}", "bf16[96,16]{1,0:S(1)}")).hbm_bytes == left
+
+
 def test_a_kernel_that_says_nothing_is_named():
     found = kernel("mine.2")
     assert (found.kernel_flops, found.uncounted_kernels) == (0, ("mine",))

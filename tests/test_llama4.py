@@ -20,18 +20,18 @@ def test_restarting_positions_and_returning_segments_are_documents_of_their_own(
     assert_close(forward(twin.model, tokens, None, back)[2], packed)
 
 
-@pytest.mark.parametrize("shape", [(7,), (3, 1, 50)])
-def test_rows_on_tpu_and_their_gradients_are_those_of_plain_indexing(shape):
-    """Many equal ids, rows that none asks for, and ids past the end."""
+@pytest.mark.parametrize(("v", "shape"), [(11, (7,)), (11, (3, 1, 50)), (2**22, (3, 1, 401))])
+def test_rows_on_tpu_and_their_gradients_are_those_of_plain_indexing(v, shape):
+    """Many equal ids, rows that none asks for, ids past the end; sorted in one part or three."""
     from l4jax.kernels.tpu import embedding
 
     rng = np.random.default_rng(1)
-    table = jnp.asarray(rng.standard_normal((11, 5)), jnp.float32)
-    ids = jnp.asarray(rng.choice([0, 3, 3, 10, 11, 20], shape), jnp.int32)
-    d_rows = jnp.asarray(rng.standard_normal((*shape, 5)), jnp.float32)
+    table = jnp.asarray(rng.standard_normal((v, 2)), jnp.float32)
+    ids = jnp.asarray(rng.choice([0, 3, 3, v - 1, v, v + 9], shape), jnp.int32)
+    d_rows = jnp.asarray(rng.standard_normal((*shape, 2)), jnp.float32)
 
     def plain(table, ids):
-        return jnp.where((ids < 11)[..., None], table[jnp.minimum(ids, 10)], 0)
+        return jnp.where((ids < v)[..., None], table[jnp.minimum(ids, v - 1)], 0)
 
     (rows, pull), (expected, pull_plain) = (
         jax.vjp(lambda table, take=take: take(table, ids), table)

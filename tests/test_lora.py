@@ -267,7 +267,10 @@ def test_a_mesh_takes_the_step_of_one_device(name, axes):
 
 @pytest.mark.parametrize(
     ("name", "axes", "scheme"),
-    [("llama4-scout", MESHES[2], "int4"), ("llama3.2-1b", MESHES[0], None)],
+    [
+        pytest.param("llama4-scout", MESHES[2], "int4", marks=pytest.mark.slow),
+        ("llama3.2-1b", MESHES[0], None),
+    ],
     ids=label,
 )
 def test_a_few_tokens_go_to_adapters_as_to_their_weights(name, axes, scheme):

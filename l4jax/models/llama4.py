@@ -358,7 +358,8 @@ def lookup(
         found = jnp.where((asked < vocab_size)[..., None], found, fused)
         vocab_size += features.shape[0]
     found = jnp.where(((asked < 0) | (asked >= vocab_size))[..., None], jnp.nan, found)
-    return sharding.exchange(found, 0, 3, *axes)[0]
+    columns = jnp.moveaxis(found, -1, 1).reshape(-1, ids.size)
+    return sharding.exchange(columns, 0, 0, *axes).T.reshape(*ids.shape, -1)
 
 
 def _slots(cache: Cache) -> Slots:

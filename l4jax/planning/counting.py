@@ -11,7 +11,8 @@ estimate says, or what the shapes of a kernel known here do. Kernels that multip
 experts are, have buffers with room to spare; they count the rows that balanced routing fills.
 
 Bytes of HBM are the operands and results of what runs outside of fusions, as far as they lie there;
-slices of and updates in larger arrays count as large as they are themselves, kernels as they say.
+slices of and updates in larger arrays count as large as they are themselves, kernels as they say
+less what they find on the chip.
 """
 
 from __future__ import annotations
@@ -302,7 +303,7 @@ def _kernel_flops(
 ) -> float | None:
     """A Pallas kernel's operations each time that it runs; None if they cannot be told."""
     told = _told(what, "flops")
-    arrays = [s for x in what.operands for s in shapes(where.instructions[x].type)]
+    arrays = _operands(where, what)
     results = shapes(what.type)
     if _GROUPED.search(name):
         matrices = [s.dims for s in arrays if s.floating and len(s.dims) == 2 and s.dims[0] > 1]
@@ -389,8 +390,10 @@ def _hbm_bytes(module: Module, where: Computation, what: Instruction) -> float:
     if opcode in _UPDATES:
         return 2 * _operand_bytes(where, what.operands[_UPDATES[opcode]], hbm=True)
     if opcode == "custom-call" and (told := _told(what, "bytes_accessed")) is not None:
-        # A kernel may be given a whole stack, or a whole cache, and read its own part.
-        return told
+        # A kernel may be given a whole stack, or a whole cache, and read its own part. What XLA has
+        # brought to VMEM before was counted then.
+        arrays = [*shapes(what.type), *_operands(where, what)]
+        return max(0.0, told - math.fsum(s.bytes for s in arrays if s.space != HBM))
     called = what.called("calls") if opcode == "fusion" else None
     if called is None:
         # A copy-start has source and destination in its type.
@@ -455,6 +458,10 @@ def _written(
     if root.opcode in _UPDATES:
         return min(written, _operand_bytes(inside, root.operands[_UPDATES[root.opcode]]))
     return written
+
+
+def _operands(where: Computation, what: Instruction) -> list[hlo.Shape]:
+    return [s for name in what.operands for s in shapes(where.instructions[name].type)]
 
 
 def _operand_bytes(where: Computation, name: str, *, hbm: bool = False) -> float:
