@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from l4jax import sharding
 from l4jax.config import Attention, Execution, Layer, TextConfig
+from l4jax.models import llama4
 from l4jax.planning import chips, compiler, counting, hlo, meshes, programs
 
 needs_libtpu = pytest.mark.skipif(
@@ -176,3 +178,40 @@ def test_what_many_products_or_layers_read_is_formed_once(optimized):
     assert formed["products"] == 5 * config.num_layers + 1
     # Each norm of a layer squares its input, divides it by the root and scales it.
     assert formed["norms"] == 3 * 2 * config.num_layers
+
+
+@needs_libtpu
+def test_embedding_rows_and_their_gradients_are_not_laid_out_anew_to_be_sent(optimized):
+    devices = compiler.devices(chips.parse("v5p:2x2x1"))
+    mesh = sharding.make_mesh(devices, **meshes.parse("fsdp=4"))
+    v, d, table, rows = 1024, 512, P(None, "fsdp"), P("fsdp")
+
+    class Gradient:
+        def lower(self):
+            def loss(part, ids, weights):
+                param = nnx.Param(part, axes=("vocab", "embed"))
+                return (llama4.lookup(param, ids, v, "bfloat16") * weights).sum()
+
+            run = sharding.per_shard(jax.grad(loss), (table, rows, rows), table)
+            return jax.jit(run).lower(
+                *(
+                    jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+                    for shape, dtype, spec in (
+                        ((v, d), jnp.float32, table),
+                        ((4, 1000), jnp.int32, rows),
+                        ((4, 1000, d), jnp.bfloat16, rows),
+                    )
+                )
+            )
+
+    found = compiler.compile(Gradient(), mesh)
+    assert isinstance(found, compiler.Compiled)
+    module = hlo.Module(found.text)
+    large = collections.Counter(
+        x.opcode.removesuffix("-start")
+        for name, (_, fused) in module.runs().items()
+        for x in module.computations[name].instructions.values()
+        if not fused and sum(s.bytes for s in hlo.shapes(x.type)) >= 1000 * d
+    )
+    assert large["all-to-all"] == 1
+    assert large["reshape"] == large["copy"] == 0

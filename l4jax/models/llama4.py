@@ -358,6 +358,7 @@ def lookup(
         found = jnp.where((asked < vocab_size)[..., None], found, fused)
         vocab_size += features.shape[0]
     found = jnp.where(((asked < 0) | (asked >= vocab_size))[..., None], jnp.nan, found)
+    # As columns: the TPU compiler lays out rows anew to be sent, and again when they have come.
     columns = jnp.moveaxis(found, -1, 1).reshape(-1, ids.size)
     return sharding.exchange(columns, 0, 0, *axes).T.reshape(*ids.shape, -1)
 
