@@ -208,10 +208,11 @@ def test_embedding_rows_and_their_gradients_are_not_laid_out_anew_to_be_sent(opt
     assert isinstance(found, compiler.Compiled)
     module = hlo.Module(found.text)
     large = collections.Counter(
-        x.opcode.removesuffix("-start")
+        x.opcode
         for name, (_, fused) in module.runs().items()
         for x in module.computations[name].instructions.values()
         if not fused and sum(s.bytes for s in hlo.shapes(x.type)) >= 1000 * d
     )
-    assert large["all-to-all"] == 1
+    assert large["all-to-all"] + large["all-to-all-start"] == 1
+    # One that starts and ends apart brings an array into fast memory as it lies.
     assert large["reshape"] == large["copy"] == 0
